@@ -1,0 +1,113 @@
+"""Backbones and their weights: torchvision's ResNets dilated to output stride 8, and the PSP module."""
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+
+from common.settings import UserError
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+
+class ResNet(nn.Module):
+    """torchvision's ResNet without its classifier, the strides of layer3 and layer4 replaced by dilation.
+
+    [B, 3, H, W] -> [B, out_channels, ceil(H/8), ceil(W/8)]. `layers` keeps the first 2, 3 or all 4 of layer1..4.
+    Dilations of the 3x3 convolutions are those of torchvision's `replace_stride_with_dilation=[False, True, True]`,
+    which torchvision offers for the bottleneck ResNets only: layer3 1,2,2,..; layer4 2,4,4.
+    """
+
+    def __init__(self, name="resnet50", layers=4):
+        super().__init__()
+        net = getattr(torchvision.models, name)(weights=None)
+        dilate(net.layer3, 2)
+        dilate(net.layer4, 4)
+        for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")[:4 + layers]:
+            self.add_module(part, getattr(net, part))
+        last = getattr(net, f"layer{layers}")
+        self.out_channels = [m for m in last.modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+
+    def forward(self, x):
+        for part in self.children():
+            x = part(x)
+        return x
+
+
+def dilate(layer, dilation):
+    """Replace a ResNet layer's stride 2 by dilation: the strided 3x3 gets half of it, every other 3x3 all of it."""
+    for conv in (m for m in layer.modules() if isinstance(m, nn.Conv2d)):
+        d = dilation // 2 if conv.stride == (2, 2) else dilation
+        conv.stride = (1, 1)
+        if conv.kernel_size == (3, 3):
+            conv.dilation = conv.padding = (d, d)
+
+
+class PSP(nn.Module):
+    """Pyramid pooling (Zhao et al. 2017): bins 1, 2, 3, 6, each average-pooled, 1x1-projected to in/4 channels and
+    resized back; concatenated with the input and fused by a 3x3 convolution to in/4 channels, but to no fewer than 128.
+    Output >= 0."""
+
+    def __init__(self, in_channels, bins=(1, 2, 3, 6)):
+        super().__init__()
+        branch = in_channels // 4
+        self.out_channels = out = max(branch, 128)
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(b), nn.Conv2d(in_channels, branch, 1, bias=False),
+                          nn.BatchNorm2d(branch), nn.ReLU()) for b in bins)
+        self.fuse = nn.Sequential(nn.Conv2d(in_channels + len(bins) * branch, out, 3, padding=1, bias=False),
+                                  nn.BatchNorm2d(out), nn.ReLU())
+
+    def forward(self, x):
+        """[B, in, h, w] -> [B, max(in/4, 128), h, w]"""
+        pooled = [F.interpolate(branch(x), x.shape[2:], mode="bilinear", align_corners=False) for branch in self.branches]
+        return self.fuse(torch.cat([x, *pooled], 1))
+
+
+def load_weights(backbone, name, weights, say=print):
+    """Fill a backbone from `imagenet` (torchvision's, downloaded once), a state-dict file, or `none`.
+
+    A file's keys are matched by name and shape after wrappers (`module.`, `backbone.`, `Scale.`, ..) are stripped;
+    what was matched, skipped and missing is said. Raises UserError if nothing, or only some of the layers, matched.
+    """
+    if weights == "none":
+        return
+    if weights == "imagenet":
+        try:
+            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise UserError(f"--weights imagenet: torchvision could not download {name} ({error}); download it elsewhere "
+                            f"and pass the file with --weights FILE, or train from scratch with --weights none") from error
+    else:
+        if not Path(weights).is_file():
+            raise UserError(f"--weights {weights}: no such file; expected imagenet, none, or a state-dict file")
+        state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = next((state[k] for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)), state)
+    load_matching(backbone, state, weights, say)
+
+
+def load_matching(module, state, source, say=print):
+    """Copy the tensors of `state` whose name (less wrapper prefixes) and shape fit `module`, and say what happened."""
+    own = module.state_dict()
+    wrapper = re.compile(r"^(module|model|backbone|encoder|resnet|base|Scale|net)\.")
+    matched, skipped = {}, []
+    for name, tensor in state.items():
+        while name not in own and wrapper.match(name):
+            name = wrapper.sub("", name, count=1)
+        if name in own and isinstance(tensor, torch.Tensor) and tensor.shape == own[name].shape:
+            matched[name] = tensor
+        else:
+            skipped.append(name)
+    missing = [name for name in own if name not in matched and not name.endswith("num_batches_tracked")]
+    say(f"weights {source}: {len(matched)} tensors matched, {len(skipped)} skipped{_few(skipped)}, "
+        f"{len(missing)} missing{_few(missing)}")
+    if missing:
+        raise UserError(f"--weights {source}: {len(missing)} tensors of the backbone are missing or differ in shape "
+                        f"({', '.join(missing[:3])}): expected the state dict of the --backbone that was chosen")
+    module.load_state_dict(matched, strict=False)
+
+
+def _few(names):
+    return f" ({', '.join(names[:3])}{', ..' if len(names) > 3 else ''})" if names else ""

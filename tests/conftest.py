@@ -1,0 +1,68 @@
+"""Helpers that run a script as its users do: as a process, in a folder of its own."""
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+torch.set_num_threads(1)
+ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
+
+TINY = ["--data", "shapes", "--labeled", "12", "--batch", "2", "--k", "1", "--backbone", "resnet18", "--backbone-layers", "2",
+        "--weights", "none", "--device", "cpu", "--eval-every", "100", "--save-every", "1", "--log-every", "1"]
+
+
+def run_script(*arguments, script="cct.py", processes=1, check=0, timeout=120):
+    """Run a script to its end. -> its output (stdout and stderr); fails unless the exit status is `check`."""
+    launch = [sys.executable]
+    if processes > 1:
+        launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launch, str(ROOT / script), *map(str, arguments)], env=ENV, cwd=ROOT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
+    assert done.returncode == check, done.stdout
+    return done.stdout
+
+
+def start_script(*arguments, script="cct.py"):
+    """Start a script and return its process (in a process group of its own, so that its workers die with it)."""
+    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], env=ENV, cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+
+
+def kill(process):
+    """kill -9 the process and its workers."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    process.stdout.close()
+
+
+def wait_for(condition, timeout=60):
+    end = time.time() + timeout
+    while not condition():
+        assert time.time() < end, "timed out"
+        time.sleep(0.005)
+
+
+def same_state(a, b):
+    """Are two nested checkpoints equal to the bit?"""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same_state(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same_state, a, b))
+    return a == b
+
+
+@pytest.fixture
+def tiny():
+    return list(TINY)

@@ -1,0 +1,205 @@
+"""Small dataset trees in the real formats. Each make_* writes one below `root` and returns what to pass as --root.
+
+Pictures can be learned: every class has a colour of its own, plus noise. Sizes are about 64x80, some of them odd.
+"""
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import scipy.io
+import scipy.sparse
+from PIL import Image
+
+from common.datasets import voc_palette
+
+SIZES = ((64, 80), (61, 77), (80, 64), (64, 80))  # (height, width), in turn
+
+
+def blocks(rng, size, classes, void=None):
+    """Mask uint8 [H, W]: classes[0] with two rectangles of others in it, each in a 1-pixel ring of `void` if given."""
+    mask = np.full(size, classes[0], np.uint8)
+    for label in rng.choice(classes[1:], 2, replace=len(classes) < 3):
+        height, width = (int(rng.integers(side // 4, side // 2)) for side in size)
+        top, left = int(rng.integers(1, size[0] - height - 1)), int(rng.integers(1, size[1] - width - 1))
+        if void is not None:
+            mask[top - 1:top + height + 1, left - 1:left + width + 1] = void
+        mask[top:top + height, left:left + width] = label
+    return mask
+
+
+def picture_of(rng, mask):
+    """Image uint8 [H, W, 3]: a fixed colour for each value of the mask, plus noise."""
+    colours = np.random.default_rng(5).integers(30, 226, (256, 3))
+    return (colours[mask] + rng.normal(0, 10, (*mask.shape, 3))).clip(0, 255).astype(np.uint8)
+
+
+def save_picture(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **({"quality": 95} if path.suffix == ".jpg" else {}))
+
+
+def save_gray(path, mask):
+    """8-bit gray PNG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.asarray(mask, np.uint8)).save(path)
+
+
+def save_palette(path, mask):
+    """8-bit palette PNG with VOC's colours."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(np.asarray(mask, np.uint8))
+    image.putpalette(voc_palette().tobytes())
+    image.save(path)
+
+
+def save_low_bit_gray(path, mask, bits):
+    """Gray PNG of 1, 2 or 4 bits per pixel, which Pillow can read but not write: header, packed rows, end."""
+    def chunk(kind, body):
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    shifts = np.arange(bits - 1, -1, -1)
+    rows = [b"\0" + np.packbits((row[:, None] >> shifts) & 1).tobytes() for row in np.asarray(mask, np.uint8)]
+    header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], bits, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows)))
+                     + chunk(b"IEND", b""))
+
+
+def save_sbd(path, mask):
+    """SBD's cls/*.mat: struct GTcls with Boundaries (20 sparse maps), Segmentation and CategoriesPresent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    boundaries = np.empty((20, 1), object)
+    for k in range(20):
+        edge = np.zeros(mask.shape, bool)
+        edge[:-1] = (mask[:-1] == k + 1) != (mask[1:] == k + 1)
+        boundaries[k, 0] = scipy.sparse.csc_matrix(edge)
+    present = np.array([[label] for label in np.unique(mask) if label], np.uint8)
+    scipy.io.savemat(path, {"GTcls": {"Boundaries": boundaries, "Segmentation": mask, "CategoriesPresent": present}},
+                     do_compression=True)
+
+
+def save_lines(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{row}\n" for row in rows))
+
+
+def add_junk(folder):
+    """What archives and file browsers leave between the files."""
+    for path in (folder / ".DS_Store", folder / "Thumbs.db", folder / "__MACOSX" / "._2008_000002.png",
+                 folder / "._2007_000032.png", folder / "._2007_000032.jpg", folder / "__MACOSX" / "stray.png",
+                 folder / "__MACOSX" / "stray.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"not a picture")
+
+
+VOC_TRAIN = [f"2007_{number:06d}" for number in (32, 39, 63, 68, 121, 170, 241, 243, 250, 256, 333, 363)]
+VOC_VAL = [f"2007_{number:06d}" for number in (33, 42, 61, 123, 129, 175)]
+SBD_ONLY = [f"2008_{number:06d}" for number in (2, 3, 7, 8, 9, 16)]
+
+
+def make_voc(root, n_train=6, n_val=3):
+    """VOCdevkit/VOC2012 with palette masks of classes 0, 1, 15, 16, 17 and 255 borders; the first image is gray."""
+    root, rng = Path(root), np.random.default_rng(1)
+    voc = root / "VOCdevkit/VOC2012"
+    lists = {"train": VOC_TRAIN[:n_train], "val": VOC_VAL[:n_val]}
+    for k, key in enumerate(lists["train"] + lists["val"]):
+        mask = blocks(rng, SIZES[k % 4], (0, 1, 15, 16, 17), void=255)
+        pixels = picture_of(rng, mask)
+        save_picture(voc / f"JPEGImages/{key}.jpg", pixels if k else pixels[..., 0])
+        save_palette(voc / f"SegmentationClass/{key}.png", mask)
+    lists["trainval"] = sorted(lists["train"] + lists["val"])
+    for name, keys in lists.items():
+        save_lines(voc / f"ImageSets/Segmentation/{name}.txt", keys)
+    return root
+
+
+def make_sbd(root, n_extra=4):
+    """SBD beside VOC (made if it is not there): `n_extra` images of its own, of classes 0, 1, 15 and without 255; the
+    second image of VOC train, labelled 3 throughout; and the first of VOC val, which must not be trained on."""
+    root, rng = Path(root), np.random.default_rng(2)
+    voc, sbd = root / "VOCdevkit/VOC2012", root / "benchmark_RELEASE/dataset"
+    if not voc.exists():
+        make_voc(root)
+    keys = [VOC_TRAIN[1], VOC_VAL[0], *SBD_ONLY[:n_extra]]
+    for k, key in enumerate(keys):
+        size = Image.open(voc / f"JPEGImages/{key}.jpg").size[::-1] if k < 2 else SIZES[k % 4]
+        mask = blocks(rng, size, (0, 1, 15)) if k > 1 else np.full(size, 3, np.uint8)
+        save_sbd(sbd / f"cls/{key}.mat", mask)
+        for folder in [sbd / "img"] + ([voc / "JPEGImages"] if k > 1 else []):
+            save_picture(folder / f"{key}.jpg", picture_of(rng, mask))
+    save_lines(sbd / "train.txt", keys[:-1])
+    save_lines(sbd / "val.txt", keys[-1:])
+    return root
+
+
+def make_aug(root, n_extra=4):
+    """SegmentationClassAug (gray masks) in a VOC tree, made if it is not there: VOC's own ids and `n_extra` others."""
+    root, rng = Path(root), np.random.default_rng(2)
+    voc = root / "VOCdevkit/VOC2012"
+    if not voc.exists():
+        make_voc(root)
+    for path in (voc / "SegmentationClass").glob("*.png"):
+        save_gray(voc / "SegmentationClassAug" / path.name, np.array(Image.open(path)))
+    for k, key in enumerate(SBD_ONLY[:n_extra]):
+        mask = blocks(rng, SIZES[k % 4], (0, 1, 15))
+        save_gray(voc / f"SegmentationClassAug/{key}.png", mask)
+        save_picture(voc / f"JPEGImages/{key}.jpg", picture_of(rng, mask))
+    return root
+
+
+CITY_TRAIN = ("aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313", "jena_000000_000019",
+              "zurich_000120_000019", "zurich_000121_000019")
+CITY_VAL = ("frankfurt_000000_000294", "lindau_000000_000019")
+CITY_ROADS = (7, 8, 11, 21, 23, 26)  # ids of road, sidewalk, building, vegetation, sky, car
+
+
+def make_cityscapes(root, nested=False):
+    """Cityscapes at 64x128: 6 train, 2 val, 1 test image; the first row of every mask holds the ids 0..33.
+    nested: the two archives unpacked into folders of their own."""
+    root, rng = Path(root), np.random.default_rng(3)
+    images = root / ("leftImg8bit_trainvaltest/leftImg8bit" if nested else "leftImg8bit")
+    truths = root / ("gtFine_trainvaltest/gtFine" if nested else "gtFine")
+    for split, keys in (("train", CITY_TRAIN), ("val", CITY_VAL), ("test", ("berlin_000000_000019",))):
+        for key in keys:
+            mask, where = blocks(rng, (64, 128), CITY_ROADS), f"{split}/{key.split('_')[0]}/{key}"
+            mask[0] = np.arange(128) % 34
+            save_picture(images / f"{where}_leftImg8bit.png", picture_of(rng, mask))
+            save_gray(truths / f"{where}_gtFine_labelIds.png", mask if split != "test" else 0 * mask)
+            save_picture(truths / f"{where}_gtFine_color.png", picture_of(rng, mask))
+    return root
+
+
+CAMVID = {"train": ("0001TP_006690", "0001TP_006720", "0006R0_f00930", "0006R0_f00960", "0016E5_00390", "0016E5_00901"),
+          "val": ("0016E5_07959", "0016E5_07961"), "test": ("Seq05VD_f00000", "Seq05VD_f00030")}
+
+
+def make_camvid(root, test=True, lists=True):
+    """CamVid at 72x96: 6 train, 2 val and (test) 2 test images; the first row of every mask holds 0..11; (lists)
+    train.txt, .. with the absolute paths of another machine."""
+    root, rng = Path(root), np.random.default_rng(4)
+    for split, keys in CAMVID.items():
+        if split == "test" and not test:
+            continue
+        for key in keys:
+            mask = blocks(rng, (72, 96), (3, 0, 1, 5, 8))
+            mask[0] = np.arange(96) % 12
+            save_picture(root / f"CamVid/{split}/{key}.png", picture_of(rng, mask))
+            save_gray(root / f"CamVid/{split}annot/{key}.png", mask)
+        if lists:
+            save_lines(root / f"CamVid/{split}.txt",
+                       [f"/SegNet/CamVid/{split}/{key}.png /SegNet/CamVid/{split}annot/{key}.png" for key in keys])
+    return root
+
+
+def make_folder(root, n_train=6, n_val=2, n_unlabeled=3, classes=("ground", "tall tree 0 128 0", "car", "sky 70 130 180")):
+    """A user's own data: .jpg and .png images, one in a sub-folder; gray and palette masks, with 255 around objects."""
+    root, rng = Path(root), np.random.default_rng(6)
+    names = {"train": [f"img{k}" for k in range(n_train - 1)] + ["more/img0"], "val": [f"img{k}" for k in range(n_val)]}
+    for split, stems in names.items():
+        for k, stem in enumerate(stems):
+            mask = blocks(rng, SIZES[k % 4], range(len(classes)), void=255)
+            save_picture(root / f"images/{split}/{stem}.{('jpg', 'png')[k % 2]}", picture_of(rng, mask))
+            (save_gray, save_palette)[k % 2](root / f"masks/{split}/{stem}.png", mask)
+    for k in range(n_unlabeled):
+        save_picture(root / f"unlabeled/new{k}.jpg", picture_of(rng, blocks(rng, SIZES[k % 4], range(len(classes)))))
+    save_lines(root / "classes.txt", classes)
+    return root

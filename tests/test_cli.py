@@ -1,0 +1,118 @@
+"""The command line: help, errors, presets, and the promises of the documentation."""
+import ast
+import dataclasses
+import re
+import typing
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+import cct
+from common.settings import Size, UserError, from_dict, keep_config, option, parse
+
+
+@dataclasses.dataclass
+class Toy:
+    data: str = option("a", "dataset", ("a", "b"), group="run")
+    size: Size | None = option(None, "size 50%")
+    scale: tuple[float, float] = option((0.5, 2.0), "range")
+    kinds: tuple[str, ...] = option(("x",), "kinds", ("x", "y"))
+    ids: tuple[int, ...] = option((0,), "ids")
+    flip: bool = option(False, "mirror", group="images")
+    steps: int = option(5, "steps")
+    lr: float | None = option(None, "rate")
+
+
+def test_precedence_of_default_preset_and_flag():
+    presets = {"b": dict(steps=7, lr=0.1)}
+    assert parse(Toy, presets, [])[0] == Toy()
+    assert parse(Toy, presets, ["--data", "b"])[0] == Toy(data="b", steps=7, lr=0.1)
+    config, given = parse(Toy, presets, ["--data", "b", "--steps", "9"])
+    assert config.steps == 9 and config.lr == 0.1 and given == dict(data="b", steps=9)
+
+
+def test_every_kind_of_value():
+    config, _ = parse(Toy, {}, "--size 36x48 --scale 1 1.5 --kinds y,x --ids 0,3 --flip --lr 1e-3".split())
+    assert config == Toy(size=(36, 48), scale=(1.0, 1.5), kinds=("y", "x"), ids=(0, 3), flip=True, lr=1e-3)
+    assert parse(Toy, {}, ["--size", "40", "--no-flip"])[0].size == (40, 40)
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--unknown 1", "unrecognized arguments: --unknown"), ("--step 3", "unrecognized arguments: --step"),
+    ("--steps many", "invalid int value: 'many'"), ("--data c", "invalid choice: 'c'"),
+    ("--size 36by48", "HEIGHTxWIDTH"), ("--size 0", "HEIGHTxWIDTH"), ("--kinds z", "list of x, y"), ("--ids a", "list of numbers"),
+    ("--scale 1", "expected 2 arguments")])
+def test_wrong_flags_exit_2_with_a_sentence(capsys, flags, said):
+    with pytest.raises(SystemExit) as stop:
+        parse(Toy, {}, flags.split())
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_config_survives_json_and_checkpoint(tmp_path):
+    config = Toy(size=(3, 4), lr=0.5)
+    keep_config(tmp_path, config, free=())
+    keep_config(tmp_path, config, free=())  # the same again is fine
+    assert from_dict(Toy, dataclasses.asdict(config), dict(steps=1)) == dataclasses.replace(config, steps=1)
+    with pytest.raises(UserError, match=r"--size was 3 4, now 3 5"):
+        keep_config(tmp_path, Toy(size=(3, 5), lr=0.5), free=("lr",))
+    keep_config(tmp_path, Toy(size=(3, 4), lr=0.7), free=("lr",))
+
+
+def test_help_is_grouped_and_complete():
+    text = run_script("--help")
+    for group in ("run:", "images:", "network:", "consistency:", "optimisation:", "machine:"):
+        assert f"\n{group}\n" in text
+    for field in dataclasses.fields(cct.Config):
+        assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
+    assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--lamda-u 3", "unrecognized arguments: --lamda-u"), ("--perturbations f_drop,vat", "i_vat, dropout"),
+    ("--steps 3 --epochs 2", "--steps and --epochs"), ("--supervised --method vat", "--supervised uses no unlabelled"),
+    ("--data voc --root /nowhere", "/nowhere"), ("--evaluate nothing.pt", "no checkpoint at nothing.pt"),
+    ("--evaluate README.md", "not a checkpoint"), ("--device cuda", "no CUDA device"), ("--precision fp16", "needs a CUDA"),
+    ("--weights nowhere.pth --steps 1 --out {tmp}/a", "no such file"), ("--background 99", "--background 99"),
+    ("--labeled 100000", "100000"), ("--batch 1", "at least 2 images")])
+def test_a_users_mistake_is_one_sentence(tmp_path, flags, said):
+    if said in ("no CUDA device", "needs a CUDA") and cct.torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    output = run_script(*flags.format(tmp=tmp_path).split(), *([] if "--out" in flags or "--ev" in flags else
+                                                               ["--out", tmp_path / "run"]), check=2)
+    assert "Traceback" not in output and said in output
+
+
+def test_presets_parse_and_name_real_fields():
+    names = {field.name for field in dataclasses.fields(cct.Config)}
+    kinds = typing.get_type_hints(cct.Config)
+    for data, preset in cct.PRESETS.items():
+        assert set(preset) <= names and data in cct.DATASETS and kinds
+        config, _ = parse(cct.Config, cct.PRESETS, ["--data", data])
+        assert config.steps or config.epochs
+    voc, camvid = (parse(cct.Config, cct.PRESETS, ["--data", d])[0] for d in ("voc", "camvid"))
+    assert (voc.batch, voc.crop, voc.epochs, voc.lr, voc.lambda_u, voc.ramp_length) == (10, (320, 320), 50, 0.01, 30, 0.1)
+    assert (camvid.size, camvid.flip, camvid.scale) == ((360, 480), False, (1.0, 1.0))
+
+
+def test_documentation_names_what_exists():
+    """Every name in the docstring's Map is in the script; every command in the README parses."""
+    table = cct.__doc__.partition("Map (")[2].partition("Deviations")[0]
+    for name in set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", table)) - {"w_u", "lambda_u"}:
+        assert hasattr(cct, name), name
+    for line in (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines():
+        command = re.search(r"\bcct\.py((?: [^#`|&]+)?)", line) if line.startswith(("python ", "torchrun ")) else None
+        if command:
+            parse(cct.Config, cct.PRESETS, command[1].split())
+
+
+def test_scripts_stay_apart():
+    """No script imports another, common/ imports no script, and nothing runs at import."""
+    scripts = {path.stem for path in ROOT.glob("*.py")}
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+        assert not scripts & imported, path
+        loose = [node for node in tree.body if isinstance(node, (ast.For, ast.While, ast.With))]
+        assert not loose and Path(path).read_text().count('__name__ == "__main__"') == (path.stem in scripts), path

@@ -1,0 +1,188 @@
+"""Whole runs: exact resume, processes, precision, signals, the files of a run folder."""
+import csv
+import json
+import os
+import random
+import signal
+
+import pytest
+import torch
+from conftest import kill, run_script, same_state, start_script, wait_for
+from PIL import Image
+
+import fixtures
+from common import checkpoint
+
+
+def last(folder):
+    state = checkpoint.load(folder / "last.pt")
+    state["config"].pop("out")
+    return state
+
+
+def column(folder, name):
+    with open(folder / "log.csv") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row[name]}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 8 steps that nobody disturbed."""
+    from conftest import TINY
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    output = run_script(*TINY, "--steps", 8, "--out", folder)
+    return folder, output
+
+
+def test_run_folder_and_output(whole):
+    folder, output = whole
+    assert {"config.json", "log.csv", "last.pt", "best.pt", "curves.png", "predictions.png"} <= set(os.listdir(folder))
+    final = output.strip().splitlines()[-1]
+    assert final.startswith("final: mIoU ") and "(best " in final and final.endswith(str(folder))
+    assert "crescent" in output  # the per-class table
+    assert json.loads((folder / "config.json").read_text())["steps"] == 8
+    assert min(Image.open(folder / "predictions.png").size) > 200 and min(Image.open(folder / "curves.png").size) > 200
+    assert sorted(column(folder, "loss_s")) == list(range(1, 9)) and sorted(column(folder, "miou")) == [8]
+
+
+def test_finished_run_is_not_trained_again(whole):
+    folder, output = whole
+    from conftest import TINY
+    before = last(folder)
+    again = run_script(*TINY, "--steps", 8, "--out", folder)
+    assert again.strip().splitlines()[-1] == output.strip().splitlines()[-1]
+    assert same_state(before, last(folder))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kill_9_at_random_moments_then_resume_is_bit_equal(whole, tiny, tmp_path, workers):
+    """Kills fall between steps, inside them and inside saves (a checkpoint is written after every step)."""
+    rng, folder, arguments = random.Random(workers), tmp_path / "run", [*tiny, "--steps", 8, "--workers", workers]
+    for done in (1, 3, 6):  # so far
+        process = start_script(*arguments, "--out", folder)
+        wait_for(lambda: process.poll() is not None or (folder / "log.csv").exists()
+                 and len((folder / "log.csv").read_text().splitlines()) > done)
+        try:
+            process.wait(rng.uniform(0, 0.15))
+        except Exception:
+            kill(process)
+    run_script(*arguments, "--out", folder)
+    expected, got = last(whole[0]), last(folder)
+    assert expected["config"].pop("workers") == 0 and got["config"].pop("workers") == workers
+    assert same_state(expected, got)
+    assert column(whole[0], "loss_s") == column(folder, "loss_s")  # each step once, with the same losses
+
+
+def test_kill_during_a_save_keeps_the_old_checkpoint(tmp_path):
+    """A process killed in the middle of writing leaves the old file whole; the next save replaces the torn one."""
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, dict(step=1))
+    code = ("import os, torch; from common import checkpoint\n"
+            "os.fsync = lambda fd: os.kill(os.getpid(), 9)\n"
+            f"checkpoint.save({str(path)!r}, dict(step=2, big=torch.zeros(1000)))")
+    import subprocess
+    import sys
+    from conftest import ROOT
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == -9
+    assert (tmp_path / "last.pt.tmp").exists() and checkpoint.load(path) == dict(step=1)
+    checkpoint.save(path, dict(step=3))
+    assert checkpoint.load(path) == dict(step=3) and not (tmp_path / "last.pt.tmp").exists()
+
+
+def test_sigterm_saves_and_exits(whole, tiny, tmp_path):
+    folder, arguments = tmp_path / "run", [*tiny, "--steps", 8, "--save-every", 100]
+    process = start_script(*arguments, "--out", folder)
+    wait_for(lambda: (folder / "log.csv").exists() and len((folder / "log.csv").read_text().splitlines()) > 2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "saved at step" in output
+    assert 0 < last(folder)["step"] < 8
+    run_script(*arguments, "--out", folder)
+    assert same_state(last(whole[0])["net"], last(folder)["net"])
+
+
+def test_contradicting_flags_are_refused(whole, tiny):
+    folder, _ = whole
+    before = last(folder)
+    output = run_script(*tiny, "--steps", 8, "--out", folder, "--lr", 0.5, "--supervised", check=2)
+    assert "--lr was 0.002, now 0.5" in output and "--supervised was False, now True" in output
+    assert "Traceback" not in output and same_state(before, last(folder))
+
+
+def test_two_processes_equal_one(tiny, tmp_path):
+    """Same losses as one process with the same global batch (BN synchronised), and every image scored once."""
+    arguments = [*tiny, "--batch", 4, "--steps", 4, "--supervised-loss", "ab_ce", "--confidence", 0.2]
+    run_script(*arguments, "--out", tmp_path / "one")
+    output = run_script(*arguments, "--out", tmp_path / "two", processes=2)
+    assert "2 x CPU" in output and output.count("final: mIoU") == 1
+    for name in ("loss_s", "loss_u"):
+        one, two = column(tmp_path / "one", name), column(tmp_path / "two", name)
+        assert list(one) == [1, 2, 3, 4] == list(two)
+        assert list(one.values()) == pytest.approx(list(two.values()), rel=2e-4), name
+    one, two = last(tmp_path / "one")["net"], last(tmp_path / "two")["net"]
+    assert one.keys() == two.keys()
+    for name in one:
+        assert torch.allclose(one[name].float(), two[name].float(), rtol=1e-2, atol=3e-3), name
+    # the number of scored pixels is what the table's shares are shares of; both runs score the same checkpoint alike
+    scores = [run_script("--evaluate", tmp_path / "one/last.pt", "--device", "cpu", processes=n).strip().splitlines()[-13:]
+              for n in (1, 2)]
+    assert scores[0] == scores[1]
+
+
+def test_batch_must_split_over_processes(tiny, tmp_path):
+    output = run_script(*tiny, "--batch", 3, "--steps", 1, "--out", tmp_path / "run", processes=2, check=1)
+    assert "--batch 3 cannot be split over 2 processes" in output
+
+
+@pytest.mark.parametrize("flags", [["--supervised"], ["--method", "mean_teacher"], ["--method", "vat"],
+                                   ["--precision", "bf16", "--pairwise", "1", "--distance", "js", "--optimizer", "sgd"]])
+def test_other_methods_train_and_resume(tiny, tmp_path, flags):
+    run_script(*tiny, *flags, "--steps", 4, "--out", tmp_path / "whole")
+    process = start_script(*tiny, *flags, "--steps", 4, "--out", tmp_path / "torn")
+    wait_for(lambda: (tmp_path / "torn/last.pt").exists())
+    kill(process)
+    run_script(*tiny, *flags, "--steps", 4, "--out", tmp_path / "torn")
+    assert same_state(last(tmp_path / "whole"), last(tmp_path / "torn"))
+
+
+def test_non_finite_loss_stops_the_run(tiny, tmp_path):
+    output = run_script(*tiny, "--steps", 8, "--lr", 1e30, "--out", tmp_path / "run", check=2)
+    assert "diverged at step" in output and "loss_s" in output and "Traceback" not in output
+    state = last(tmp_path / "run")  # from before
+    assert all(torch.isfinite(value).all() for value in state["net"].values()) or state["step"] == 1
+
+
+@pytest.mark.parametrize("data", ["voc", "cityscapes", "camvid", "folder"])
+def test_real_formats_train_evaluate_and_predict(tmp_path, data):
+    """Trees in the datasets' real formats, through the command line of the README."""
+    root = {"voc": fixtures.make_voc, "cityscapes": fixtures.make_cityscapes, "camvid": fixtures.make_camvid,
+            "folder": fixtures.make_folder}[data](tmp_path / "data")
+    if data == "voc":
+        fixtures.make_sbd(tmp_path / "data")
+    small = ["--backbone", "resnet18", "--backbone-layers", 2, "--weights", "none", "--k", 1, "--batch", 2, "--steps", 2,
+             "--workers", 1]
+    small += ["--long-side", 64, "--crop", "48x56"] if data in ("voc", "folder") else ["--size", "40x56"]
+    output = run_script("--data", data, "--root", root, "--labeled", 2, *small, "--out", tmp_path / "run")
+    assert "final: mIoU" in output
+    scored = run_script("--evaluate", tmp_path / "run/last.pt", "--root", root, "--multi-scale")
+    assert "5 scales + flips" in scored
+    images = next(path for path in sorted(tmp_path.rglob("*")) if path.suffix in (".jpg", ".png") and path.is_file()
+                  and "run" not in path.parts and Image.open(path).mode == "RGB").parent
+    run_script("--predict", tmp_path / "run/last.pt", "--images", images, "--out", tmp_path / "predicted")
+    for path in (tmp_path / "predicted").iterdir():
+        original = next(images.glob(path.stem + ".*"))
+        assert Image.open(path).mode == "P" and Image.open(path).size == Image.open(original).size
+
+
+def test_evaluate_repeats_the_final_line(whole):
+    folder, output = whole
+    scored = run_script("--evaluate", folder / "last.pt")
+    assert scored.strip().splitlines()[-1].split("mIoU ")[1].split()[0] == output.split("final: mIoU ")[1].split()[0]
+
+
+@pytest.mark.slow
+def test_compile(tiny, tmp_path):
+    run_script(*tiny, "--steps", 2, "--out", tmp_path / "eager")
+    run_script(*tiny, "--steps", 2, "--compile", "--out", tmp_path / "compiled", timeout=600)
+    eager, compiled = column(tmp_path / "eager", "loss_s"), column(tmp_path / "compiled", "loss_s")
+    assert list(eager.values()) == pytest.approx(list(compiled.values()), rel=1e-3)
