@@ -428,9 +428,8 @@ def distance(kind, p, logits):
     q = logits.softmax(0)
     if kind == "mse":
         return (p - q).square()
-    q = q.clamp(min=1e-12)
-    m = (p + q) / 2
-    return (torch.xlogy(p, p / m) + torch.xlogy(q, q / m)) / 2
+    log_p, log_q, log_m = (x.clamp(min=1e-30).log() for x in (p, q, (p + q) / 2))  # probabilities may underflow to 0
+    return (p * (log_p - log_m) + q * (log_q - log_m)) / 2
 
 
 def consistency_weight(step, cfg):

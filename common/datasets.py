@@ -166,7 +166,7 @@ def open_voc(root):
     if voc is None:
         raise _not_found("voc", root)
     sbd, lists = _find_sbd(root, voc), voc / "ImageSets/Segmentation"
-    aug = _first((base / "SegmentationClassAug" for base in (voc, root, voc.parent, voc.parent.parent)), "")
+    aug = _first((voc, root, voc.parent, voc.parent.parent), ["SegmentationClassAug"], "")
     from_voc = _files(voc / "SegmentationClass", (".png",), flat=True)
     from_sbd = _files(sbd / "cls", (".mat",), flat=True) if sbd else {}
     from_aug = _files(aug, (".png",), flat=True) if aug else {}
@@ -199,18 +199,18 @@ def open_cityscapes(root):
     """Cityscapes fine, 19 classes. Masks .._labelIds.png (ids 0..33, mapped to 0..18 and 255), else
     .._labelTrainIds.png: the name decides, not the content. Found, too, are archives unpacked into folders of their
     own, and the flat copy images/train/x.png + segmentation/train/x_gtFine.png (trainIds)."""
-    places = [root, root / "cityscapes", root / "Cityscapes"]
-    images = _first((base / sub for base in places for sub in (
-        "leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images")), "train")
-    masks = _first((base / sub for base in places for sub in (
-        "gtFine", "gtFine_trainvaltest/gtFine", "segmentation")), "train")
-    if images is None or masks is None:
+    for base in (root, root / "cityscapes", root / "Cityscapes"):
+        images = _first([base], ("leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images"), "train")
+        masks = _first([base], ("gtFine", "gtFine_trainvaltest/gtFine", "segmentation"), "train")
+        if images and masks:
+            break
+    else:
         raise _not_found("cityscapes", root)
-    base = next(base for base in places if masks.is_relative_to(base) and base != root or True)
     kinds = torchvision.datasets.Cityscapes.classes
     from_ids = np.full(256, INVALID, np.uint8)
-    for kind in kinds[:34]:  # ids 0..33; id -1, license plate, is never drawn
-        from_ids[kind.id] = kind.train_id
+    for kind in kinds:
+        if kind.id >= 0:  # -1, license plate, is never drawn
+            from_ids[kind.id] = kind.train_id
     splits, notes = {}, []
     for name in ("train", "val"):
         truths, files = _files(masks / name, (".png",), flat=True), {}
@@ -222,14 +222,14 @@ def open_cityscapes(root):
         notes += _compare(f"cityscapes {name}", files)
     trained = sorted((kind.train_id, kind.name, kind.color) for kind in kinds if 0 <= kind.train_id < 19)
     _, classes, palette = zip(*trained)
-    return SegmentationData("cityscapes", classes, np.array(palette, np.uint8), splits["train"], splits["val"], "val",
-                            tuple(notes), base)
+    return SegmentationData("cityscapes", classes, np.array(palette, np.uint8), splits["train"], splits["val"],
+                            "val", tuple(notes), base)
 
 
 def open_camvid(root):
-    """CamVid in SegNet's version, 11 classes; 11 in the files is void. Scored on test if it is there, else on val.
-    A split's images are those of its list (train.txt, ..) if there is one, else those of its folder."""
-    base = _first((root, root / "CamVid", root / "camvid"), "trainannot")
+    """CamVid in SegNet's version, 11 classes; 11 in the files is void. Scored on test if it is there, else on
+    val. A split's images are those of its list (train.txt, ..) if there is one, else those of its folder."""
+    base = _first([root], ("", "CamVid", "camvid"), "trainannot")
     if base is None:
         raise _not_found("camvid", root)
     scored_on = "test" if (base / "testannot").is_dir() else "val"
@@ -240,10 +240,10 @@ def open_camvid(root):
         images, masks = (_files(base / sub, IMAGE_SUFFIXES, flat=True) for sub in (name, f"{name}annot"))
         masks = {key.removesuffix("_L"): path for key, path in masks.items()}
         keys = images
-        if (base / f"{name}.txt").is_file():  # absolute paths of the authors' machine: only the file names count
+        if (base / f"{name}.txt").is_file():  # absolute paths of the authors' machine: file names count
             keys = [Path(line.split()[0]).stem for line in _lines(base / f"{name}.txt")]
             if lost := [key for key in keys if key not in images]:
-                raise UserError(f"{base / name}: {len(lost)} images of {name}.txt are not there ({_few(lost)})")
+                raise UserError(f"{base / name}: {len(lost)} images of {name}.txt are missing ({_few(lost)})")
         splits[name] = Split({key: (images[key], masks.get(key)) for key in keys}, (("", table),))
         notes += _compare(f"camvid {name}", keys)
     return SegmentationData("camvid", tuple(CAMVID_CLASSES), np.array([*CAMVID_CLASSES.values()], np.uint8),
@@ -251,21 +251,22 @@ def open_camvid(root):
 
 
 def open_folder(root):
-    """A user's own data (LAYOUTS). Keys: train/a, val/a, unlabeled/b, where a and b are paths without suffix."""
+    """A user's own data (LAYOUTS). Keys: train/a, val/a, unlabeled/b; a and b are paths without suffix."""
     if not all((root / part).exists() for part in ("classes.txt", "images/train", "images/val")):
         raise _not_found("folder", root)
     classes, palette = _read_classes(root / "classes.txt")
     files, notes = {}, []
     for name in ("train", "val"):
-        images, masks = _files(root / "images" / name, IMAGE_SUFFIXES), _files(root / "masks" / name, (".png",))
+        images = _files(root / "images" / name, IMAGE_SUFFIXES)
+        masks = _files(root / "masks" / name, (".png",))
         files[name] = {f"{name}/{key}": (path, masks.get(key)) for key, path in images.items()}
         if idle := sorted(masks.keys() - images.keys()):
-            notes.append(f"{len(idle)} masks in {root / 'masks' / name} have no image of their name ({_few(idle)})")
+            notes.append(f"{root / 'masks' / name}: {len(idle)} masks have no image of their name ({_few(idle)})")
     for key, path in _files(root / "unlabeled", IMAGE_SUFFIXES).items():
         files["train"][f"unlabeled/{key}"] = path, None
     train, val = (Split(files[name], (("", identity(len(classes))),)) for name in ("train", "val"))
     able = [i for i in range(len(train)) if train.has_mask(i)]
-    if len(classes) == 2 and able:  # masks of 0 and 255, as most tools save two classes, would teach background only
+    if len(classes) == 2 and able:  # masks of 0 and 255, the usual black and white, would teach background only
         sample = able[::math.ceil(len(able) / 8)]
         if {value for i in sample for value in np.unique(train.mask(i)).tolist()} == {0, IGNORE}:
             raise UserError(f"{root / 'masks/train'}: the masks hold only 0 and 255, but 255 means 'ignore'; "
@@ -282,18 +283,18 @@ def _read_classes(path):
         names.append(" ".join(words[:-3] if coloured else words))
         colours.append([int(word) for word in words[-3:]] if coloured else voc_palette()[len(names) - 1])
         if len(names) > INVALID or max(colours[-1]) > 255 or names[-1] in names[:-1]:
-            raise UserError(f"{path}: line {line!r}: expected at most {INVALID} different names, one per line, each "
-                            f"alone or followed by its colour as three numbers 0..255")
+            raise UserError(f"{path}: line {line!r}: expected at most {INVALID} different names, one per line, "
+                            f"each alone or followed by its colour as three numbers 0..255")
     if len(names) < 2:
-        raise UserError(f"{path}: expected the names of at least two classes, one per line; found {len(names)}")
+        raise UserError(f"{path}: expected the names of two or more classes, one per line; found {len(names)}")
     return tuple(names), np.array(colours, np.uint8)
 
 
 def download_voc(root):
-    """VOC 2012 to root/VOCdevkit/VOC2012 and SBD to root/SBD, by torchvision, each only if it is not there yet.
+    """VOC 2012 to root/VOCdevkit/VOC2012 and SBD to root/SBD, by torchvision, each if it is not there yet.
 
-    Each is unpacked in a folder of its own, which is renamed when it is complete: the leavings of an interrupted
-    download are never taken for a dataset. The processes of a torchrun take turns; all but the first find it done.
+    Each is unpacked in a folder of its own, which is renamed when it is complete: what an interrupted download
+    leaves is never taken for a dataset. The processes of a torchrun take turns; all but the first find it done.
     """
     import fcntl  # here, because Windows has none
     root.mkdir(parents=True, exist_ok=True)
@@ -318,13 +319,13 @@ def download_voc(root):
 
 
 def _find_voc(root):
-    places = ("", "VOC2012", "VOCdevkit/VOC2012", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012")
-    return _first((root / place for place in places), "JPEGImages")
+    return _first([root], ("", "VOC2012", "VOCdevkit/VOC2012", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012"),
+                  "JPEGImages")
 
 
 def _find_sbd(root, voc):
-    places = ("", "SBD", "dataset", "benchmark_RELEASE/dataset", "VOCaug/dataset")
-    return _first((base / place for base in (root, voc, voc.parent, voc.parent.parent) for place in places), "cls")
+    return _first((root, voc, voc.parent, voc.parent.parent),
+                  ("", "SBD", "dataset", "benchmark_RELEASE/dataset", "VOCaug/dataset"), "cls")
 
 
 def _voc_ids(*paths):
@@ -339,14 +340,15 @@ def _voc_ids(*paths):
 
 # -------------------------------------------------------------------------------------------- files and lists
 
-def _first(folders, inside):
-    """The first of the folders that has the folder `inside`, or None."""
+def _first(bases, places, inside):
+    """The first folder base/place that has the folder `inside`, or None."""
+    folders = (base / place for base in bases for place in places)
     return next((folder for folder in folders if (folder / inside).is_dir()), None)
 
 
 def _files(folder, suffixes, flat=False):
-    """{path below the folder, or (flat) bare name, without suffix: path} of its files and those of its sub-folders.
-    Left out is what archives and file browsers leave behind: names with a leading dot, __MACOSX."""
+    """{path below the folder, or (flat) bare name, without suffix: path} of the files in it, at any depth. Left
+    out is what archives and file browsers leave behind: names with a leading dot, __MACOSX."""
     found = {}
     for here, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
@@ -356,7 +358,7 @@ def _files(folder, suffixes, flat=False):
             if suffix.lower() in suffixes and not name.startswith("."):
                 key = stem if flat or above == "." else f"{above}/{stem}"
                 if key in found:
-                    raise UserError(f"{os.path.join(here, name)} and {found[key]} have one name; remove one of them")
+                    raise UserError(f"{os.path.join(here, name)} and {found[key]} have one name; remove one")
                 found[key] = os.path.join(here, name)
     return found
 
@@ -372,7 +374,7 @@ def _lines(path):
 
 def _not_found(name, root):
     tree, source = LAYOUTS[name]
-    return UserError(f"--root {root}: no {name} there. Expected in it, or in a folder of it:{tree}How to get it: {source}")
+    return UserError(f"--root {root}: no {name} there. Expected in it:{tree}How to get it: {source}")
 
 
 def _few(items):
@@ -384,11 +386,11 @@ def _compare(name, keys):
     (number, published), here = PUBLISHED[name], sha1("\n".join(sorted(keys)).encode()).hexdigest()[:16]
     if here == published:
         return []
-    return [f"{name}: {len(keys)} images with fingerprint {here}; the published list has {number}, {published}"]
+    return [f"{name}: {len(keys)} images, fingerprint {here}; the published list has {number}, {published}"]
 
 
 def voc_palette():
-    """uint8 [256, 3]: the bits of an index, three at a time, are the bits of R, G and B from the highest down."""
+    """uint8 [256, 3]: the bits of an index, three by three, are the bits of R, G, B from the highest down."""
     index, palette = np.arange(256)[:, None], np.zeros((256, 3), int)
     for k in range(8):
         palette |= (index >> (3 * k + np.arange(3)) & 1) << (7 - k)
@@ -413,11 +415,11 @@ def _read_png(path):
     except (OSError, SyntaxError) as error:
         raise UserError(f"{path}: cannot be read as a mask ({error})") from error
     if stored[:4] == b"\x89PNG" and stored[25] == 0 and stored[24] < 8:  # colour type gray; bits per pixel
-        raise UserError(f"{path}: a gray PNG of {stored[24]} bits per pixel, whose values Pillow rescales to 0..255; "
-                        f"save it with 8 bits per pixel")
+        raise UserError(f"{path}: a gray PNG of {stored[24]} bits per pixel, whose values Pillow rescales to "
+                        f"0..255; save it with 8 bits per pixel")
     if mode not in ("L", "P"):
-        cause = "more than the 8 bits of a class id" if mode[0] in "IF" else "an RGB mask: colours instead of class ids"
-        raise UserError(f"{path}: mode {mode}, {cause}; expected an 8-bit gray or palette PNG that holds class ids")
+        cause = "more than 8 bits" if mode[0] in "IF" else "an RGB mask, colours instead of class ids"
+        raise UserError(f"{path}: mode {mode} ({cause}); expected an 8-bit gray or palette PNG of class ids")
     return raw
 
 
@@ -432,19 +434,20 @@ def _read_mat(path):
 
 def _explain_values(path, values, table):
     """What is wrong with a mask file that holds these values, and the likely cause."""
-    wrong, classes = [value for value in values if table[value] == INVALID], int(table[table < INVALID].max()) + 1
-    allowed, step = f"0..{classes - 1} and 255", math.gcd(*values)
+    wrong = [value for value in values if table[value] == INVALID]
+    classes, step = int(table[table < INVALID].max()) + 1, math.gcd(*values)
+    allowed = f"0..{classes - 1} and 255"
     if path.endswith("_labelIds.png"):
         allowed = "0..33"
-        cause = "255 stands in trainIds only, so the file may hold trainIds under the name of labelIds"
+        cause = "255 is found in trainIds only: the file holds trainIds under the name of labelIds"
     elif classes == 19 and max(wrong) <= 33:
-        cause = "19..33 stand in Cityscapes' labelIds only; a file of labelIds is to be called .._labelIds.png"
+        cause = "19..33 are found in Cityscapes' labelIds only: such a file has to be called .._labelIds.png"
     elif wrong == [classes]:
-        cause = "labels that start at 1 must be shifted to start at 0, or a class is missing from the list of classes"
+        cause = "labels that start at 1 and have to be shifted by one, or a class missing in the list of classes"
     elif step in (17, 85):
-        cause = f"a gray PNG of fewer than 8 bits was rescaled when it was read: divide by {step}"
+        cause = f"a gray PNG of fewer than 8 bits, rescaled when it was read: divide by {step}"
     else:
-        cause = "brightness or colour may stand there instead of class ids, or the list of classes is too short"
+        cause = "brightness or colour instead of class ids, or classes missing in the list of classes"
     return f"{path}: holds the values {_few(wrong)}, but only {allowed} are allowed; likely cause: {cause}"
 
 
@@ -453,13 +456,13 @@ def _explain_values(path, values, table):
 def choose_labelled(data, labeled, split_file, seed):
     """-> (labelled, unlabelled): sorted indices into data.train, disjoint and together all of it.
 
-    labeled: `all`; a count; or a fraction of the images that have a mask, rounded up (1/8 of 10582 is 1323, 1/30 of
-    2975 is 100, as in the published lists). They are the first of RandomState(seed).permutation of the sorted keys.
-    voc: `1464` is VOC's own train list, and counts up to its length are drawn from it, as the papers draw pixel
-    labels there; larger counts and fractions are drawn from all of trainaug.
-    split_file: a list of the labelled images, instead of `labeled`; masks that it names and that exist replace the
-    dataset's own in `data`. If it holds a permutation, its first images are labelled, as many as `labeled` says.
-    Raises UserError for a malformed value, a count too large, a list that does not fit, an image without a mask.
+    labeled: `all`; a count; or a fraction of the images that have a mask, rounded up as in the published lists (1/8
+    of 10582: 1323). They are the first of RandomState(seed).permutation of the sorted keys.
+    voc: `1464` is VOC's own train list, and counts up to its length are drawn from it, as the paper draws its
+    pixel labels there; larger counts, and fractions, are drawn from all of trainaug.
+    split_file: a list of the labelled images, instead of `labeled`; masks that it names and that exist replace
+    the dataset's own in `data`. Of a permutation, the first images are labelled, as many as `labeled` says.
+    Raises UserError for a malformed value, too large a count, a list that does not fit, an image without mask.
     """
     train = data.train
     able = [i for i in range(len(train)) if train.has_mask(i)]
@@ -480,8 +483,8 @@ def choose_labelled(data, labeled, split_file, seed):
         pool = own if labeled.isdigit() and count <= len(own) else able
         chosen = [pool[k] for k in np.random.RandomState(seed).permutation(len(pool))[:count]]
     if bare := [train.keys[i] for i in chosen if not train.has_mask(i)]:
-        raise UserError(f"{split_file or '--labeled ' + labeled}: {len(bare)} of the {len(chosen)} images have no mask "
-                        f"in {data.root} ({_few(bare)})")
+        raise UserError(f"{split_file or '--labeled ' + labeled}: {len(bare)} of the {len(chosen)} images have no "
+                        f"mask in {data.root} ({_few(bare)})")
     labelled = set(chosen)
     return sorted(labelled), [i for i in range(len(train)) if i not in labelled]
 
@@ -505,9 +508,9 @@ def write_split(path, keys):
 def read_split(path, data):
     """Keys of training images, in the order of the file. Raises UserError with all that is wrong with it.
 
-    A line is a key; or columns, separated by tab, comma or blanks: an image's path, whatever its prefix, then perhaps
-    a flag, or paths, the mask's last. Blank lines and comments (#) are skipped. Or the file is a pickled permutation
-    of 0..N-1, which orders the N training images.
+    A line is a key; or columns, separated by tab, comma or blanks: an image's path, whatever its prefix, then
+    perhaps a flag, or paths, the mask's last. Blank lines and comments (#) are skipped. A file .pkl or .pickle
+    holds a permutation of 0..N-1, an order of the N training images.
     """
     return _read_rows(path, data)[0]
 
@@ -533,8 +536,8 @@ def _read_rows(path, data):
             masks[key] = mask
     problems = []
     if strange:
-        problems.append(f"{len(strange)} lines name no image of {data.name} in {data.root} ({_few(strange)}), where a "
-                        f"line is a key such as {data.train.keys[0]}, or an image's path and perhaps a mask's")
+        problems.append(f"{len(strange)} lines name no image of {data.name} in {data.root} ({_few(strange)}); a line "
+                        f"is a key such as {data.train.keys[0]}, or an image's path, perhaps with its mask's")
     if twice := [key for key, n in Counter(keys).items() if n > 1]:
         problems.append(f"{len(twice)} images stand there more than once ({_few(twice)})")
     if leaked := [key for key in keys if key in scored]:
@@ -547,7 +550,7 @@ def _read_rows(path, data):
 
 
 def _key(column, name, known):
-    """The known key that a path means, or None: what has the form of a key, else the longest tail that is one."""
+    """The known key that a path means, or None: what has the form of a key, or its longest tail that is one."""
     if name in KEYS:
         found = re.findall(KEYS[name], column)
         return found[-1] if found and found[-1] in known else None
@@ -577,7 +580,7 @@ class _ArrayUnpickler(pickle.Unpickler):
 
     def find_class(self, module, name):
         module = module.replace("numpy.core", "numpy._core")  # its name in numpy 2
-        if (module, name) in (("numpy._core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype")):
+        if f"{module}.{name}" in ("numpy._core.multiarray._reconstruct", "numpy.ndarray", "numpy.dtype"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a permutation does not need")
 
@@ -585,10 +588,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 def _read_permutation(path, total):
     try:
         with open(path, "rb") as file:
-            order = np.asarray(_ArrayUnpickler(file, encoding="latin1").load())  # latin1: arrays pickled by Python 2
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError, AttributeError) as error:
+            order = np.asarray(_ArrayUnpickler(file, encoding="latin1").load())  # latin1: arrays of Python 2
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: cannot be read as a pickled permutation ({error})") from error
     if order.dtype.kind not in "iu" or not np.array_equal(np.sort(order, axis=None), np.arange(total)):
-        raise UserError(f"{path}: expected a permutation of 0..{total - 1}, a number for each training image; found "
-                        f"{order.dtype} {list(order.shape)}")
+        raise UserError(f"{path}: expected a permutation of 0..{total - 1}, a number for each training image; "
+                        f"found {order.dtype} {list(order.shape)}")
     return order.ravel().tolist()

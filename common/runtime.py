@@ -184,9 +184,10 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
         mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / count
         centred = x - mean[:, None, None]
         var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * count / (count - 1), self.momentum)
         scale = self.weight * torch.rsqrt(var + self.eps)
         return centred * scale[:, None, None] + self.bias[:, None, None]

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, run_script
 
 import cct
-from common.settings import Size, UserError, from_dict, keep_config, option, parse
+from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
 
 
 @dataclasses.dataclass
@@ -73,14 +73,23 @@ def test_help_is_grouped_and_complete():
     ("--steps 3 --epochs 2", "--steps and --epochs"), ("--supervised --method vat", "--supervised uses no unlabelled"),
     ("--data voc --root /nowhere", "/nowhere"), ("--evaluate nothing.pt", "no checkpoint at nothing.pt"),
     ("--evaluate README.md", "not a checkpoint"), ("--device cuda", "no CUDA device"), ("--precision fp16", "needs a CUDA"),
-    ("--weights nowhere.pth --steps 1 --out {tmp}/a", "no such file"), ("--background 99", "--background 99"),
+    ("--weights nowhere.pth --steps 1 ", "no such file"), ("--background 99", "--background 99"),
     ("--labeled 100000", "100000"), ("--batch 1", "at least 2 images")])
-def test_a_users_mistake_is_one_sentence(tmp_path, flags, said):
+def test_a_users_mistake_is_one_sentence(tmp_path, capsys, flags, said):
     if said in ("no CUDA device", "needs a CUDA") and cct.torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    output = run_script(*flags.format(tmp=tmp_path).split(), *([] if "--out" in flags or "--ev" in flags else
-                                                               ["--out", tmp_path / "run"]), check=2)
-    assert "Traceback" not in output and said in output
+    out = [] if flags.startswith("--evaluate") else ["--out", str(tmp_path / "run")]
+    try:
+        status = run(lambda: cct.main([*flags.split(), *out]))
+    except SystemExit as stop:
+        status = stop.code
+    error = capsys.readouterr().err
+    assert status == 2 and said in error and "Traceback" not in error
+
+
+def test_exit_status_reaches_the_shell():
+    assert "error: no checkpoint at nothing.pt" in run_script("--evaluate", "nothing.pt", check=2)
+    assert "unrecognized arguments: --lamda-u" in run_script("--lamda-u", "3", check=2)
 
 
 def test_presets_parse_and_name_real_fields():

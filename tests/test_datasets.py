@@ -1,0 +1,627 @@
+"""common/datasets.py on small trees in the real formats; every error names the file and the likely cause."""
+import codecs
+import io
+import os
+import pickle
+import shutil
+from types import SimpleNamespace
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from common import datasets
+from common.datasets import (CAMVID_CLASSES, DATASETS, SegmentationData, Split, choose_labelled, identity, open_dataset,
+                             read_split, voc_palette, write_split)
+from common.settings import UserError
+from fixtures import (CAMVID, CITY_TRAIN, CITY_VAL, SBD_ONLY, VOC_TRAIN, VOC_VAL, add_junk, make_aug, make_camvid,
+                      make_cityscapes, make_folder, make_sbd, make_voc, save_gray, save_lines, save_low_bit_gray,
+                      save_palette, save_picture)
+
+MAKERS = {"voc": make_sbd, "cityscapes": make_cityscapes, "camvid": make_camvid, "folder": make_folder}
+OWN = {"voc": "VOCdevkit/VOC2012", "cityscapes": "", "camvid": "CamVid", "folder": ""}
+
+
+def at(split, key):
+    return split.keys.index(key)
+
+
+def masked(split):
+    return [i for i in range(len(split)) if split.has_mask(i)]
+
+
+def error_of(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+# ---- opening: what is found where
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_interface(tmp_path, name):
+    data = open_dataset(name, MAKERS[name](tmp_path))
+    assert data.name == name and data.scored_on == ("test" if name == "camvid" else "val")
+    assert data.palette.shape == (len(data.classes), 3) and data.palette.dtype == np.uint8
+    allowed, seen = {*range(len(data.classes)), 255}, set()
+    for split in (data.train, data.val):
+        assert len(split) == len(split.keys) >= 2 and split.keys == sorted(split.keys)
+        for i in range(len(split)):
+            image = split.image(i)
+            assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3 and image.flags.writeable
+            if split.has_mask(i):
+                mask = split.mask(i)
+                assert mask.dtype == np.uint8 and mask.shape == image.shape[:2] and mask.flags.writeable
+                assert set(np.unique(mask).tolist()) <= allowed
+                seen |= set(np.unique(mask).tolist())
+    assert len(masked(data.train)) >= 4 and len(masked(data.val)) == len(data.val)
+    assert 255 in seen and len(seen) >= 4
+    labelled, unlabelled = choose_labelled(data, "4", "", 0)
+    assert len(labelled) == 4 and len(unlabelled) >= 2
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_root_may_be_the_own_folder_or_its_parent(tmp_path, name):
+    root = MAKERS[name](tmp_path)
+    from_parent, own = open_dataset(name, str(root)), open_dataset(name, root / OWN[name])
+    assert own.train.keys == from_parent.train.keys and own.val.keys == from_parent.val.keys
+    assert masked(own.train) == masked(from_parent.train)
+
+
+@pytest.mark.parametrize("moved", ["VOC2012", "VOCtrainval_11-May-2012/VOCdevkit/VOC2012"])
+def test_voc_root_forms(tmp_path, moved):
+    make_voc(tmp_path)
+    shutil.move(tmp_path / "VOCdevkit", tmp_path / "elsewhere")
+    (tmp_path / moved).parent.mkdir(parents=True, exist_ok=True)
+    shutil.move(tmp_path / "elsewhere/VOC2012", tmp_path / moved)
+    assert open_dataset("voc", tmp_path).train.keys == VOC_TRAIN[:6]
+
+
+@pytest.mark.parametrize("place", ["", "SBD", "dataset", "VOCaug/dataset", "VOCdevkit/benchmark_RELEASE/dataset"])
+@pytest.mark.parametrize("root", ["", "VOCdevkit/VOC2012"])
+def test_sbd_root_forms(tmp_path, place, root):
+    make_sbd(tmp_path)
+    shutil.copytree(tmp_path / "benchmark_RELEASE/dataset", tmp_path / place, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / "benchmark_RELEASE")
+    assert len(open_dataset("voc", tmp_path / root).train) == 10
+
+
+@pytest.mark.parametrize("name", ["voc", "cityscapes", "camvid", "folder"])
+def test_missing_root_shows_layout_and_source(tmp_path, name):
+    message = error_of(open_dataset, name, tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in message and datasets.LAYOUTS[name][0] in message
+    assert datasets.LAYOUTS[name][1] in message and len(message.splitlines()) <= 8
+
+
+def test_unknown_dataset_and_shapes(tmp_path):
+    message = error_of(open_dataset, "vocc", tmp_path)
+    assert all(name in message for name in DATASETS)
+    shapes = open_dataset("shapes", "no such folder", seed=3)
+    labelled, unlabelled = choose_labelled(shapes, "1/8", "", 0)
+    assert len(labelled) == len(shapes.train) // 8 and len(labelled) + len(unlabelled) == len(shapes.train)
+
+
+def test_opening_reads_no_picture_and_unlabelled_streams_no_mask(tmp_path):
+    data = open_dataset("voc", make_sbd(tmp_path))
+    masks = [path for split in (data.train, data.val) for path in split.masks]
+    for path in masks + data.val.images:
+        with open(path, "wb") as file:
+            file.write(b"poison")
+    data = open_dataset("voc", tmp_path)
+    labelled, unlabelled = choose_labelled(data, "4", "", 0)
+    for path in masks:
+        os.remove(path)
+    for i in labelled + unlabelled:
+        assert data.train.image(i).shape[2] == 3
+    assert data.train.has_mask(0) and data.train.masks[0] in error_of(data.train.mask, 0)
+
+
+def test_splits_go_to_workers(tmp_path):
+    for name, make in MAKERS.items():
+        data = open_dataset(name, make(tmp_path / name))
+        copy = pickle.loads(pickle.dumps(data))
+        assert copy.train.keys == data.train.keys and np.array_equal(copy.train.mask(0), data.train.mask(0))
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path, monkeypatch):
+    roots = {name: make(tmp_path / name) for name, make in MAKERS.items()}
+    usual = {name: open_dataset(name, root) for name, root in roots.items()}
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        for here, folders, names in walk(*arguments, **options):
+            folders.sort(reverse=True)
+            yield here, folders, sorted(names, reverse=True)
+    monkeypatch.setattr(os, "walk", backwards)
+    for name, root in roots.items():
+        data = open_dataset(name, root)
+        assert (data.train.keys, data.train.images, data.train.masks) == (
+            usual[name].train.keys, usual[name].train.images, usual[name].train.masks)
+
+
+# ---- VOC
+
+def test_trainaug_is_derived_and_masks_come_from_the_best_source(tmp_path):
+    data = open_dataset("voc", make_sbd(tmp_path))
+    assert data.train.keys == sorted(VOC_TRAIN[:6] + SBD_ONLY[:4])  # VOC_VAL[0] is in SBD's train.txt, and left out
+    assert data.val.keys == VOC_VAL[:3] and data.voc_train == set(VOC_TRAIN[:6])
+    sources = [os.path.basename(os.path.dirname(path)) for path in data.train.masks]
+    assert sources == ["SegmentationClass"] * 6 + ["cls"] * 4
+    own = np.unique(data.train.mask(at(data.train, VOC_TRAIN[1])))  # SBD has it, too, as class 3 throughout
+    assert 255 in own and 3 not in own
+    assert 255 not in np.unique(data.train.mask(at(data.train, SBD_ONLY[0])))
+    assert "voc: training masks: 6 from SegmentationClass, 4 from cls" in data.notes
+    os.remove(tmp_path / f"VOCdevkit/VOC2012/SegmentationClass/{VOC_TRAIN[1]}.png")
+    data = open_dataset("voc", tmp_path)
+    assert (data.train.mask(at(data.train, VOC_TRAIN[1])) == 3).all()
+    assert data.classes[3] == "bird" and data.classes[20] == "tvmonitor" and len(data.classes) == 21
+
+
+def test_segmentation_class_aug(tmp_path):
+    make_aug(tmp_path)
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    data = open_dataset("voc", tmp_path)
+    assert data.train.keys == sorted(VOC_TRAIN[:6] + SBD_ONLY[:4]) and len(masked(data.train)) == 10
+    from_voc = data.train.mask(0)
+    shutil.rmtree(voc / "SegmentationClass")  # now it serves VOC's own images and val as well
+    data = open_dataset("voc", tmp_path)
+    assert np.array_equal(data.train.mask(0), from_voc) and "Aug" in data.train.masks[0] and "Aug" in data.val.masks[0]
+    shutil.move(voc / "SegmentationClassAug", voc / "moved")  # an archive unpacked into a folder of its own name
+    (voc / "SegmentationClassAug").mkdir()
+    shutil.move(voc / "moved", voc / "SegmentationClassAug/SegmentationClassAug")
+    assert open_dataset("voc", tmp_path).train.keys == data.train.keys
+
+
+@pytest.mark.parametrize("name", ["train_aug.txt", "trainaug.txt"])
+def test_a_list_alone_gives_unlabelled_images(tmp_path, name):
+    make_sbd(tmp_path)
+    shutil.rmtree(tmp_path / "benchmark_RELEASE")
+    assert open_dataset("voc", tmp_path).train.keys == VOC_TRAIN[:6]
+    assert any("--download fetches SBD" in note for note in open_dataset("voc", tmp_path).notes)
+    save_lines(tmp_path / "VOCdevkit/VOC2012/ImageSets/Segmentation" / name,
+               [f"/JPEGImages/{key}.jpg /SegmentationClassAug/{key}.png" for key in VOC_TRAIN[:6] + SBD_ONLY[:4]])
+    data = open_dataset("voc", tmp_path)
+    assert len(data.train) == 10 and [data.train.keys[i] for i in masked(data.train)] == VOC_TRAIN[:6]
+    assert choose_labelled(data, "all", "", 0) == (list(range(6)), list(range(6, 10)))
+
+
+def test_voc_incomplete(tmp_path):
+    make_sbd(tmp_path)
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    os.rename(voc / f"JPEGImages/{SBD_ONLY[2]}.jpg", tmp_path / "aside")
+    message = error_of(open_dataset, "voc", tmp_path)
+    assert SBD_ONLY[2] in message and "1 images" in message
+    os.rename(tmp_path / "aside", voc / f"JPEGImages/{SBD_ONLY[2]}.jpg")
+    os.rename(voc / f"SegmentationClass/{VOC_VAL[1]}.png", tmp_path / "aside")
+    assert VOC_VAL[1] in error_of(open_dataset, "voc", tmp_path)
+    os.rename(tmp_path / "aside", voc / f"SegmentationClass/{VOC_VAL[1]}.png")
+    (tmp_path / "benchmark_RELEASE/dataset/val.txt").write_text("\n")
+    assert "val.txt: expected one image id" in error_of(open_dataset, "voc", tmp_path)
+    os.remove(voc / "ImageSets/Segmentation/val.txt")
+    assert "val.txt" in error_of(open_dataset, "voc", tmp_path)
+
+
+def test_torchvision_reads_the_same_voc_and_sbd(tmp_path):
+    data = open_dataset("voc", make_sbd(tmp_path))
+    for name, split in (("train", data.train), ("val", data.val)):
+        for path, (image, mask) in zip((theirs := torchvision.datasets.VOCSegmentation(tmp_path, image_set=name)).images,
+                                       theirs):
+            i = at(split, os.path.splitext(os.path.basename(path))[0])
+            assert mask.mode == "P" and np.array_equal(np.array(mask), split.mask(i))
+            assert np.array_equal(np.array(image), split.image(i))
+    theirs = torchvision.datasets.SBDataset(tmp_path / "benchmark_RELEASE/dataset", image_set="val", mode="segmentation")
+    i = at(data.train, SBD_ONLY[3])
+    assert len(theirs) == 1 and np.array_equal(np.array(theirs[0][1]), data.train.mask(i))
+    assert data.train.masks[i].endswith(".mat")
+
+
+def test_voc_palette():
+    palette = voc_palette()
+    assert palette.shape == (256, 3) and len({tuple(colour) for colour in palette.tolist()}) == 256
+    for index, colour in {0: (0, 0, 0), 1: (128, 0, 0), 6: (0, 128, 128), 9: (192, 0, 0), 15: (192, 128, 128),
+                          19: (128, 192, 0), 20: (0, 64, 128), 255: (224, 224, 192)}.items():
+        assert tuple(palette[index]) == colour
+
+
+# ---- VOC's download
+
+def fake_archives(monkeypatch, made, fail=()):
+    """torchvision's classes stay; only fetching is replaced: an 'archive' comes from the tree in `made`."""
+    fetched = []
+
+    def fetch(url, root, filename, md5):
+        fetched.append(filename)
+        os.makedirs(root, exist_ok=True)
+        open(os.path.join(root, filename), "wb").close()
+        top = "VOCdevkit" if filename.startswith("VOC") else "benchmark_RELEASE"
+        shutil.copytree(made / top, os.path.join(root, top), dirs_exist_ok=True)
+        if filename in fail:
+            raise URLError("connection reset")
+    monkeypatch.setattr(torchvision.datasets.voc, "download_and_extract_archive", fetch)
+    monkeypatch.setattr(torchvision.datasets.sbd, "download_and_extract_archive", fetch)
+    return fetched
+
+
+def add_inst(made):
+    (made / "benchmark_RELEASE/dataset/inst").mkdir()
+    return made
+
+
+def test_download_voc_and_sbd_once(tmp_path, monkeypatch):
+    fetched = fake_archives(monkeypatch, add_inst(make_sbd(tmp_path / "made")))
+    root = tmp_path / "data"
+    for _ in range(2):
+        data = open_dataset("voc", root, download=True)
+        assert len(data.train) == 10 and len(masked(data.train)) == 10
+        assert fetched == ["VOCtrainval_11-May-2012.tar", "benchmark.tgz"]
+    assert sorted(os.listdir(root)) == [".download.lock", "SBD", "VOCdevkit"]
+    assert not (root / "SBD/benchmark.tgz").exists()
+    shutil.rmtree(root / "SBD")
+    assert len(open_dataset("voc", root, download=True).train) == 10
+    assert fetched[2:] == ["benchmark.tgz"]
+
+
+def test_interrupted_download_is_never_taken_for_a_dataset(tmp_path, monkeypatch):
+    made, root = add_inst(make_sbd(tmp_path / "made")), tmp_path / "data"
+    for archive in ("VOCtrainval_11-May-2012.tar", "benchmark.tgz"):
+        fake_archives(monkeypatch, made, fail=[archive])
+        message = error_of(open_dataset, "voc", root, True)
+        assert "connection reset" in message and "benchmark.tgz" in message and str(root) in message
+    assert not (root / "SBD").exists()
+    shutil.copytree(made / "benchmark_RELEASE/dataset/cls", root / "SBD.part/cls")  # killed while torchvision moved it
+    fake_archives(monkeypatch, made)
+    assert len(open_dataset("voc", root, download=True).train) == 10
+
+
+def test_download_calls_torchvision_classes(tmp_path, monkeypatch):
+    calls = []
+
+    def voc(root, **options):
+        calls.append(options)
+        make_voc(root)
+
+    def sbd(root, **options):
+        calls.append(options)
+        raise RuntimeError("File not found or corrupted.")
+    monkeypatch.setattr(torchvision.datasets, "VOCSegmentation", voc)
+    monkeypatch.setattr(torchvision.datasets, "SBDataset", sbd)
+    assert "corrupted" in error_of(open_dataset, "voc", tmp_path / "data", True)
+    assert calls == [dict(year="2012", image_set="val", download=True),
+                     dict(image_set="train", mode="segmentation", download=True)]
+    assert len(open_dataset("voc", tmp_path / "data").train) == 6  # VOC is complete and stays
+
+
+@pytest.mark.parametrize("name", ["shapes", "cityscapes", "camvid", "folder"])
+def test_nothing_but_voc_is_downloaded(tmp_path, name):
+    message = error_of(open_dataset, name, tmp_path, True)
+    assert "--download" in message and datasets.LAYOUTS[name][1] in message
+
+
+# ---- Cityscapes
+
+SPEC_2_3 = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14,
+            28: 15, 31: 16, 32: 17, 33: 18}
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_cityscapes_ids_are_mapped(tmp_path, nested):
+    data = open_dataset("cityscapes", make_cityscapes(tmp_path, nested))
+    assert data.train.keys == list(CITY_TRAIN) and data.val.keys == list(CITY_VAL)  # test is not used
+    first_row = data.train.mask(2)[0]  # holds the ids 0..33
+    assert [first_row[k] for k in range(34)] == [SPEC_2_3.get(k, 255) for k in range(34)]
+    assert data.classes[0] == "road" and data.classes[6] == "traffic light" and data.classes[18] == "bicycle"
+    assert len(data.classes) == 19 and data.palette[10].tolist() == [70, 130, 180]
+    assert data.palette[[0, 5, 13, 18]].tolist() == [[128, 64, 128], [153, 153, 153], [0, 0, 142], [119, 11, 32]]
+
+
+def test_cityscapes_label_train_ids_by_suffix(tmp_path):
+    root = make_cityscapes(tmp_path)
+    before = open_dataset("cityscapes", root).train.mask(0)
+    path = root / f"gtFine/train/aachen/{CITY_TRAIN[0]}_gtFine_labelIds.png"
+    save_gray(path.with_name(path.name.replace("labelIds", "labelTrainIds")), np.full(before.shape, 5))
+    assert np.array_equal(open_dataset("cityscapes", root).train.mask(0), before)  # labelIds come first
+    os.remove(path)
+    assert (open_dataset("cityscapes", root).train.mask(0) == 5).all()
+
+
+def test_cityscapes_flat_copy_and_parent(tmp_path):
+    made, flat = make_cityscapes(tmp_path / "made"), tmp_path / "flat/cityscapes"
+    data = open_dataset("cityscapes", made)
+    for name, split in (("train", data.train), ("val", data.val)):
+        for i, key in enumerate(split.keys):
+            save_picture(flat / f"images/{name}/{key}.png", split.image(i))
+            save_gray(flat / f"segmentation/{name}/{key}_gtFine.png", split.mask(i))
+    copy = open_dataset("cityscapes", tmp_path / "flat")
+    assert copy.train.keys == data.train.keys and np.array_equal(copy.train.mask(1), data.train.mask(1))
+
+
+def test_cityscapes_wrong_encodings(tmp_path):
+    root = make_cityscapes(tmp_path)
+    path = root / f"gtFine/train/aachen/{CITY_TRAIN[0]}_gtFine_labelIds.png"
+    ids = np.array(Image.open(path))
+    save_gray(path, open_dataset("cityscapes", root).train.mask(0))
+    message = error_of(open_dataset("cityscapes", root).train.mask, 0)
+    assert str(path) in message and "255" in message and "trainIds under the name of labelIds" in message
+    os.remove(path)
+    path = path.with_name(path.name.replace("labelIds", "labelTrainIds"))
+    save_gray(path, ids)
+    message = error_of(open_dataset("cityscapes", root).train.mask, 0)
+    assert str(path) in message and "19, 20, 21, .." in message and "labelIds" in message.split("likely cause")[1]
+
+
+def test_torchvision_reads_the_same_cityscapes(tmp_path):
+    root = make_cityscapes(tmp_path)
+    theirs, data = torchvision.datasets.Cityscapes(root, split="train", target_type="semantic"), open_dataset("cityscapes", root)
+    assert len(theirs) == len(data.train)
+    table = {kind.id: kind.train_id for kind in theirs.classes}
+    for path, (image, mask) in zip(theirs.images, theirs):
+        i = at(data.train, os.path.basename(path).removesuffix("_leftImg8bit.png"))
+        assert np.array_equal(np.array(image), data.train.image(i))
+        assert np.array_equal(np.vectorize(table.get)(np.array(mask)), data.train.mask(i))
+
+
+# ---- CamVid
+
+@pytest.mark.parametrize("lists", [True, False])
+def test_camvid_is_scored_on_test_if_there(tmp_path, lists):
+    data = open_dataset("camvid", make_camvid(tmp_path, lists=lists))
+    assert data.train.keys == list(CAMVID["train"]) and data.val.keys == list(CAMVID["test"])
+    assert data.train.mask(0)[0, :12].tolist() == [*range(11), 255]
+    assert data.classes[:3] == ("Sky", "Building", "Pole") and len(data.classes) == 11
+    assert data.palette[4].tolist() == [60, 40, 222] and tuple(data.palette[10]) == CAMVID_CLASSES["Bicyclist"]
+    data = open_dataset("camvid", make_camvid(tmp_path / "two", test=False, lists=lists))
+    assert data.scored_on == "val" and data.val.keys == list(CAMVID["val"])
+
+
+def test_camvid_lists_choose_and_pairs_go_by_name(tmp_path):
+    root = make_camvid(tmp_path)
+    base, keys = root / "CamVid", CAMVID["train"]
+    save_lines(base / "train.txt", [f"/SegNet/CamVid/train/{key}.png /SegNet/CamVid/trainannot/{key}.png" for key in keys[1:5]])
+    os.rename(base / f"trainannot/{keys[1]}.png", base / f"trainannot/{keys[1]}_L.png")  # the original data's name
+    Image.open(base / f"train/{keys[2]}.png").save(base / f"train/{keys[2]}.jpg")  # re-encoded
+    os.remove(base / f"train/{keys[2]}.png")
+    os.remove(base / f"trainannot/{keys[3]}.png")
+    data = open_dataset("camvid", root)
+    assert data.train.keys == list(keys[1:5]) and masked(data.train) == [0, 1, 3]
+    assert data.train.mask(1)[0, 11] == 255
+    save_lines(base / "train.txt", ["/SegNet/CamVid/train/gone.png /SegNet/CamVid/trainannot/gone.png"])
+    assert "gone" in error_of(open_dataset, "camvid", root)
+
+
+@pytest.mark.skipif("CAMVID_ROOT" not in os.environ, reason="CAMVID_ROOT is not set")
+def test_real_camvid():
+    data = open_dataset("camvid", os.environ["CAMVID_ROOT"])
+    assert len(data.train) == 367 and data.notes == ()  # the published lists
+    pixels = np.zeros(256, np.int64)
+    for i in range(len(data.train)):
+        assert data.train.has_mask(i)
+        mask = data.train.mask(i)
+        assert mask.shape == (360, 480)
+        pixels += np.bincount(mask.ravel(), minlength=256)
+    share = 100 * pixels / pixels.sum()
+    published = [16.845, 23.259, 0.983, 31.658, 4.486, 9.724, 1.173, 1.127, 5.866, 0.639, 0.292]
+    assert np.allclose(share[:11], published, atol=6e-4) and abs(share[255] - 3.948) < 6e-4
+
+
+# ---- a user's own folder
+
+def test_folder(tmp_path):
+    data = open_dataset("folder", make_folder(tmp_path))
+    assert data.train.keys == [*(f"train/img{k}" for k in range(5)), "train/more/img0", *(f"unlabeled/new{k}" for k in range(3))]
+    assert data.val.keys == ["val/img0", "val/img1"]  # the same file name as in train: another image
+    assert masked(data.train) == list(range(6)) and data.notes == ()
+    assert data.classes == ("ground", "tall tree", "car", "sky")
+    assert data.palette.tolist() == [[0, 0, 0], [0, 128, 0], [0, 128, 0], [70, 130, 180]]  # else VOC's colour
+    os.remove(tmp_path / "masks/train/img1.png")
+    save_gray(tmp_path / "masks/train/img1_mask.png", np.zeros((61, 77)))
+    data = open_dataset("folder", tmp_path)
+    assert masked(data.train) == [0, 2, 3, 4, 5] and len(data.notes) == 1 and "img1_mask" in data.notes[0]
+
+
+def test_folder_of_images_alone_and_of_unmasked_val(tmp_path):
+    make_folder(tmp_path)
+    os.remove(tmp_path / "masks/val/img1.png")
+    assert "val/img1" in error_of(open_dataset, "folder", tmp_path)
+    make_folder(tmp_path)
+    shutil.rmtree(tmp_path / "masks/train")
+    message = error_of(open_dataset, "folder", tmp_path)
+    assert "no training image has a mask" in message and "masks/{train,val}/a.png" in message
+    shutil.rmtree(tmp_path / "images/val")
+    (tmp_path / "images/val").mkdir()
+    assert "Expected" in error_of(open_dataset, "folder", tmp_path)
+
+
+@pytest.mark.parametrize("lines, wrong", [
+    (["one"], "two or more"), ([], "two or more"), (["a", "b", "a"], "line 'a'"), (["a", "b 1 2 256"], "line 'b 1 2 256'"),
+    ([f"c{k}" for k in range(255)], "line 'c254'")])
+def test_folder_classes_errors(tmp_path, lines, wrong):
+    make_folder(tmp_path)
+    save_lines(tmp_path / "classes.txt", lines)
+    message = error_of(open_dataset, "folder", tmp_path)
+    assert wrong in message and "classes.txt" in message
+
+
+def test_folder_classes_text(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "classes.txt").write_bytes(codecs.BOM_UTF8 + "# name r g b\r\nground\r\n\r\nHäuser  1 2 3\r\nsky 7\r\ncar".encode())
+    data = open_dataset("folder", tmp_path)
+    assert data.classes == ("ground", "Häuser", "sky 7", "car") and data.palette[1].tolist() == [1, 2, 3]
+    (tmp_path / "classes.txt").write_bytes("a\nHäuser".encode("utf-16"))
+    assert "UTF-8" in error_of(open_dataset, "folder", tmp_path)
+
+
+def test_two_classes_saved_black_and_white_are_refused(tmp_path):
+    make_folder(tmp_path, classes=("background", "cell"))
+    assert set(np.unique(open_dataset("folder", tmp_path).train.mask(0))) == {0, 1, 255}
+    for path in (tmp_path / "masks/train").rglob("*.png"):
+        mask = np.array(Image.open(path))
+        save_gray(path, np.where(mask == 1, 255, mask))
+    message = error_of(open_dataset, "folder", tmp_path)
+    assert "255 means 'ignore'" in message and "save cell as 1" in message
+
+
+def test_two_images_of_one_name_are_refused(tmp_path):
+    make_folder(tmp_path)
+    shutil.copy(tmp_path / "images/train/img0.jpg", tmp_path / "images/train/img0.jpeg")
+    assert "img0.jpeg" in error_of(open_dataset, "folder", tmp_path)
+
+
+def test_train_and_val_must_not_share_images(tmp_path):
+    make_camvid(tmp_path, test=False)
+    for folder in ("", "annot"):
+        shutil.copy(tmp_path / f"CamVid/train{folder}/{CAMVID['train'][0]}.png", tmp_path / f"CamVid/val{folder}")
+    save_lines(tmp_path / "CamVid/val.txt", [f"val/{CAMVID['train'][0]}.png"])
+    assert CAMVID["train"][0] in error_of(open_dataset, "camvid", tmp_path)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_junk_files_are_ignored(tmp_path, name):
+    root = (make_aug if name == "voc" else MAKERS[name])(tmp_path)
+    before = open_dataset(name, root)
+    for folder in {os.path.dirname(p) for p in before.train.images + before.val.masks + before.train.masks if p}:
+        add_junk(type(tmp_path)(folder))
+    after = open_dataset(name, root)
+    assert after.train.keys == before.train.keys and after.train.masks == before.train.masks
+    assert after.val.keys == before.val.keys and after.notes == before.notes
+
+
+def test_images_are_rgb_as_stored(tmp_path):
+    make_folder(tmp_path, n_unlabeled=0)
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # "turn by 90 degrees", which the mask would not follow
+    (tmp_path / "unlabeled").mkdir()
+    Image.fromarray(pixels).save(tmp_path / "unlabeled/turned.png", exif=exif)
+    Image.fromarray(pixels[..., 0]).save(tmp_path / "unlabeled/gray.png")
+    Image.fromarray(pixels).convert("RGBA").save(tmp_path / "unlabeled/alpha.png")
+    Image.fromarray(pixels).convert("CMYK").save(tmp_path / "unlabeled/print.jpg")
+    (tmp_path / "unlabeled/cut.jpg").write_bytes((tmp_path / "images/train/img0.jpg").read_bytes()[:900])
+    train = open_dataset("folder", tmp_path).train
+    assert np.array_equal(train.image(at(train, "unlabeled/turned")), pixels)
+    assert np.array_equal(train.image(at(train, "unlabeled/alpha")), pixels)
+    assert np.array_equal(train.image(at(train, "unlabeled/gray")), pixels[..., :1].repeat(3, 2))
+    assert train.image(at(train, "unlabeled/print")).shape == (20, 30, 3)
+    assert "cut.jpg: cannot be read as an image" in error_of(train.image, at(train, "unlabeled/cut"))
+    assert "no mask" in error_of(train.mask, at(train, "unlabeled/gray"))
+
+
+# ---- masks
+
+@pytest.fixture
+def one_mask(tmp_path):
+    """The path of a 64x80 mask and a function that reads it as one of `classes` classes."""
+    path, size = tmp_path / "mask.png", (64, 80)
+    save_picture(tmp_path / "image.png", np.zeros((*size, 3), np.uint8))
+
+    def read(classes=4):
+        return Split({"a": (str(tmp_path / "image.png"), str(path))}, (("", identity(classes)),)).mask(0)
+    return SimpleNamespace(path=path, read=read, rows=np.arange(64)[:, None].repeat(80, 1))
+
+
+def test_gray_and_palette_masks_keep_their_values(one_mask):
+    values = one_mask.rows % 4
+    values[0] = 255
+    for save in (save_gray, save_palette):
+        save(one_mask.path, values)
+        assert np.array_equal(one_mask.read(), values)
+    picture = Image.fromarray((one_mask.rows % 4).astype(np.uint8))
+    picture.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255])
+    picture.save(one_mask.path, bits=2)
+    assert one_mask.path.read_bytes()[24] == 2  # a palette PNG of 2 bits is fine
+    assert np.array_equal(one_mask.read(), one_mask.rows % 4)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_low_bit_gray_is_refused(one_mask, bits):
+    save_low_bit_gray(one_mask.path, one_mask.rows % 2 ** bits, bits)
+    raw = np.array(Image.open(one_mask.path)).astype(int)
+    assert np.array_equal(raw, one_mask.rows % 2 ** bits * {1: 1, 2: 85, 4: 17}[bits])  # the file is as intended
+    message = error_of(one_mask.read, 16)
+    assert str(one_mask.path) in message and f"{bits} bits per pixel" in message and "rescales" in message
+
+
+@pytest.mark.parametrize("values, classes, wrong, cause", [
+    ((0, 85, 170), 4, "85, 170", "divide by 85"), ((17, 34, 0), 4, "17, 34", "divide by 17"),
+    ((1, 2, 3, 4), 4, "4", "start at 1"), ((0, 1, 4), 4, "4", "start at 1"),
+    ((7, 8, 26), 19, "26", "labelIds"), ((0, 38, 75, 147), 21, "38, 75, 147", "brightness or colour"),
+    ((0, 254), 4, "254", "brightness or colour")])
+def test_wrong_values(one_mask, values, classes, wrong, cause):
+    save_gray(one_mask.path, np.array(values)[one_mask.rows % len(values)])
+    message = error_of(one_mask.read, classes)
+    assert str(one_mask.path) in message and f"holds the values {wrong}, but only 0..{classes - 1} and 255" in message
+    assert cause in message.split("likely cause")[1]
+
+
+@pytest.mark.parametrize("mode, cause", [("RGB", "RGB mask"), ("RGBA", "RGB mask"), ("LA", "RGB mask"), ("I;16", "more than 8 bits")])
+def test_wrong_modes(one_mask, mode, cause):
+    picture = Image.fromarray(one_mask.rows.astype(np.uint16)) if mode == "I;16" else Image.new(mode, (80, 64))
+    picture.save(one_mask.path)
+    message = error_of(one_mask.read)
+    assert str(one_mask.path) in message and mode in message and cause in message
+
+
+def test_wrong_size_and_damage(one_mask):
+    save_gray(one_mask.path, np.zeros((80, 64)))
+    message = error_of(one_mask.read)
+    assert str(one_mask.path) in message and "64x80" in message and "80x64" in message and "image.png" in message
+    save_gray(one_mask.path, np.random.default_rng(0).integers(0, 4, (64, 80)))
+    stored = one_mask.path.read_bytes()
+    for damaged in (b"", stored[:20], stored[:len(stored) // 2], b"no picture at all, and long enough for a header"):
+        one_mask.path.write_bytes(damaged)
+        assert f"{one_mask.path}: cannot be read as a mask" in error_of(one_mask.read)
+
+
+def test_damaged_mat(tmp_path):
+    data = open_dataset("voc", make_sbd(tmp_path))
+    i = at(data.train, SBD_ONLY[0])
+    stored = open(data.train.masks[i], "rb").read()
+    broken = bytearray(stored)
+    broken[160:200] = bytes(40)
+    hdf = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"
+    other = io.BytesIO()
+    datasets.scipy.io.savemat(other, {"GTinst": 1})
+    for damaged in (b"", stored[:50], stored[:127], stored[:200], stored[:-3], bytes(broken), hdf, other.getvalue()):
+        with open(data.train.masks[i], "wb") as file:
+            file.write(damaged)
+        message = error_of(data.train.mask, i)
+        assert data.train.masks[i] in message and "GTcls.Segmentation" in message
+
+
+# ---- which images are labelled
+
+def named(data, indices):
+    return [data.train.keys[i] for i in indices]
+
+
+def test_seeded_draw_is_a_permutation_of_the_sorted_keys(tmp_path):
+    data = open_dataset("cityscapes", make_cityscapes(tmp_path))
+    for seed in (0, 12345):
+        order = np.random.RandomState(seed).permutation(6)
+        for count in (1, 3, 5):
+            labelled, unlabelled = choose_labelled(data, str(count), "", seed)
+            assert labelled == sorted(order[:count].tolist()) and unlabelled == sorted(order[count:].tolist())
+    assert len({tuple(choose_labelled(data, "3", "", seed)[0]) for seed in range(10)}) > 3
+
+
+def test_published_cityscapes_draws():
+    """Names as the real ones where a city's sequences are numbered from 0 on, invented (x) in the others."""
+    cities = dict(aachen=174, bochum=96, bremen=316, cologne=154, darmstadt=85, dusseldorf=221, erfurt=109, hamburg=248,
+                  hanover=196, jena=119, krefeld=99, monchengladbach=94, strasbourg=365, stuttgart=196, tubingen=144,
+                  ulm=95, weimar=142, zurich=122)
+    keys = [f"{city}_{k:06d}_000019" for city, number in cities.items() for k in range(number)]
+    train = SimpleNamespace(keys=sorted(keys), has_mask=lambda i: True, __len__=None)
+
+    class Train:
+        keys = sorted(f"{city}_{k:06d}_000019" for city, number in cities.items() for k in range(number))
+        has_mask = staticmethod(lambda i: True)
+        __len__ = staticmethod(lambda: 2975)
+    data = SegmentationData("cityscapes", (), None, Train(), Train(), "val", ())
+    published = {12345: {"jena_000088_000019", "stuttgart_000066_000019"}, 34567: {"cologne_000110_000019", "weimar_000097_000019"},
+                 56789: {"cologne_000142_000019", "jena_000079_000019"}}
+    for seed, names in published.items():
+        assert set(named(data, choose_labelled(data, "2", "", seed)[0])) == names
+        assert names < set(named(data, choose_labelled(data, "100", "", seed)[0]))
+    for labeled, count in {"1/2": 1488, "1/4": 744, "1/8": 372, "1/16": 186, "1/20": 149, "1/30": 100, "1/50": 60}.items():
+        assert len(choose_labelled(data, labeled, "", 0)[0]) == count
