@@ -45,25 +45,26 @@ import copy
 import math
 import sys
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 from common import checkpoint
 from common import transforms as T
 from common.backbones import PSP, RESNETS, ResNet, load_weights
 from common.datasets import DATASETS, choose_labelled, open_dataset
+from common.inference import panel, predict_folder
 from common.log import Log
 from common.miou import ConfusionMatrix
-from common.pictures import prediction_panel, save_mask
+from common.regions import find_blobs
 from common.runtime import Runtime, mix
 from common.schedules import RAMPS, poly, ramp, set_lr, update_ema
 from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
-from common.streams import Scored, Stream, endless, once, to_device
+from common.streams import Scored, Stream, endless, once
 
 PERTURBATIONS = {  # name: decoders of this type in "CCT" (Sec. 4.4.1; Table 12 has the hyper-parameters)
     "i_vat": 2, "dropout": 6, "g_cutout": 6, "con_msk": 2, "obj_msk": 2, "f_drop": 6, "f_noise": 6}
@@ -303,37 +304,6 @@ def obj_msk(z, objects):
     return z * ~objects[:, None, ::8, ::8]
 
 
-def find_blobs(objects, min_area=64):
-    """Bounding boxes of the connected foreground regions (8 neighbours), for a whole batch at once on its device.
-
-    objects: bool [B, H, W]. -> (box, valid): box int64 [4, B*H*W] = y0, x0, y1, x1 (inclusive), valid bool [B*H*W].
-    A region's entry stands at the index of its first pixel in row order; all other entries are not valid.
-    Labels spread by hooking trees of pixels onto their neighbours' roots and halving the paths, which needs about
-    log(pixels) rounds, a fixed number of them, so that the device never waits for the host.
-    """
-    b, height, width = objects.shape
-    n, device = objects.numel(), objects.device
-    index = torch.arange(n, device=device)
-    parent, outside = index.clone(), n
-    inside = objects.flatten()
-    for _ in range(2 + math.ceil(math.log2(height * width))):
-        root = parent[parent]
-        grid = torch.where(inside, root, outside).view(b, height, width)
-        lowest = F.pad(grid, (1, 1, 1, 1), value=outside)
-        lowest = torch.minimum(torch.minimum(lowest[:, :-2], lowest[:, 1:-1]), lowest[:, 2:])
-        lowest = torch.minimum(torch.minimum(lowest[..., :-2], lowest[..., 1:-1]), lowest[..., 2:]).flatten()
-        lowest = torch.where(inside, lowest, index)  # lowest root among the 3 x 3 pixels
-        parent = parent.scatter_reduce(0, parent, lowest, "amin")  # hook my parent's tree,
-        parent = torch.minimum(torch.minimum(parent, lowest), root)  # myself, and shorten the path
-    root = torch.where(inside, parent[parent], index)
-    y, x = index % (height * width) // width, index % width
-    first, last = torch.stack([y, x]), torch.full((2, n), -1, device=device)
-    first = first.scatter_reduce(1, root.expand(2, n), first, "amin")
-    last = last.scatter_reduce(1, root.expand(2, n), torch.stack([y, x]), "amax")
-    area = torch.zeros(n, dtype=torch.int64, device=device).scatter_add(0, root, inside.long())
-    return torch.cat([first, last]), (area >= min_area) & (root == index)
-
-
 def g_cutout(z, blobs, rng, share=0.4, of="side"):
     """G-Cutout: zero a random rectangle in the bounding box of every detected object.
 
@@ -512,61 +482,38 @@ class Augment:
         return image, mask
 
 
-class Plain:
-    """Transform of evaluation: at the original size, or resized to the training size."""
-
-    def __init__(self, cfg):
-        self.size = cfg.size if cfg.eval_size == "train" else None
-
-    def __call__(self, image, mask, rng=None):
-        image, mask = T.to_tensors(image, mask)
-        if self.size:
-            image, mask = T.resize(image, mask, self.size)
-        return T.normalise(image), mask
-
-
 # ------------------------------------------------------------------------------------------------ evaluation (App. F, I)
 
-def predict(net, x, multi_scale=False):
-    """Logits [B, C, H, W] of x at its own size. multi_scale: mean logits over 5 scales, each also mirrored (App. F)."""
-    if not multi_scale:
-        return net(x).float()
-    size, total = x.shape[2:], 0
-    for scale in (0.5, 0.75, 1, 1.25, 1.5):
-        scaled = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-        logits = net(scaled).float() + net(scaled.flip(3)).float().flip(3)
-        total = total + F.interpolate(logits, size, mode="bilinear", align_corners=True) / 10
-    return total
-
-
 @torch.no_grad()
+def predict(net, x, cfg, ctx):
+    """Logits [B, C, H, W] of x at its own size. --multi-scale: mean over 5 scales, each also mirrored (App. F)"""
+    with ctx.autocast():
+        if not cfg.multi_scale:
+            return net(x).float()
+        size, total = x.shape[2:], 0
+        for scale in (0.5, 0.75, 1, 1.25, 1.5):
+            scaled = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+            logits = net(scaled).float() + net(scaled.flip(3)).float().flip(3)
+            total = total + F.interpolate(logits, size, mode="bilinear", align_corners=True) / 10
+        return total
+
+
 def evaluate(net, data, cfg, ctx):
     """Protocol: whole images, single scale (or --multi-scale), logits at image size, argmax; one confusion matrix over
     the split; 255 ignored. Each image is scored exactly once, on one process. -> ConfusionMatrix"""
     net.eval()
-    confusion = ConfusionMatrix(len(data.classes), ctx.device)
-    one_size = data.name == "shapes" or (cfg.size and cfg.eval_size == "train")
-    for x, y in once(Scored(data.val, Plain(cfg), ctx), cfg.batch if one_size else 1, cfg.workers, ctx):
-        with ctx.autocast():
-            logits = predict(net, x, cfg.multi_scale)
-        confusion.update(logits.argmax(1), y)
+    confusion, size = ConfusionMatrix(len(data.classes), ctx.device), scoring_size(cfg)
+    batch = cfg.batch if size or data.name == "shapes" else 1  # images of one size are batched
+    for x, y in once(Scored(data.val, T.ForScoring(size), ctx), batch, cfg.workers, ctx):
+        confusion.update(predict(net, x, cfg, ctx).argmax(1), y)
     confusion.reduce()
     net.train()
     return confusion
 
 
-@torch.no_grad()
-def panel(net, data, cfg, ctx, count=6):
-    """Picture of image | truth | prediction for images spread over the scored split"""
-    net.eval()
-    rows = []
-    for i in torch.linspace(0, len(data.val) - 1, min(count, len(data.val))).long().tolist():
-        image, mask = Plain(cfg)(data.val.image(i), data.val.mask(i))
-        with ctx.autocast():
-            logits = predict(net, to_device(image[None], ctx.device), cfg.multi_scale)
-        rows.append((T.denormalise(image), mask.numpy(), logits.argmax(1)[0].byte().cpu().numpy()))
-    net.train()
-    return prediction_panel(rows, data.palette, data.classes)
+def scoring_size(cfg):
+    """Size at which images are scored; None: each at its own (App. I: VOC; all others at the training size)"""
+    return cfg.size if cfg.eval_size == "train" else None
 
 
 # ------------------------------------------------------------------------------------------------ training (Algorithm 1)
@@ -637,7 +584,9 @@ def train(cfg):
             save("best.pt", miou=best)
         log.evaluated(step, miou=confusion.miou(), best=best)
         if ctx.main:
-            panel(net, data, cfg, ctx).save(folder / "predictions.png")
+            net.eval()
+            panel(partial(predict, net, cfg=cfg, ctx=ctx), data, scoring_size(cfg), ctx.device).save(folder / "predictions.png")
+            net.train()
             log.curves()
         return confusion
 
@@ -755,26 +704,14 @@ def score_checkpoint(cfg, given):
     ctx.close()
 
 
-@torch.no_grad()
-def predict_folder(cfg, given):
+def predict_images(cfg, given):
     """--predict: a palette PNG of class ids, at the image's own size, for every image of a folder"""
     ctx = Runtime(cfg.device, cfg.precision)
     net, cfg, state = load_segmenter(cfg.predict, given, ctx)
-    paths = sorted(p for p in Path(cfg.images).glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp"))
-    if not cfg.images or not paths:
-        raise UserError(f"--images {cfg.images or '(not given)'}: expected a folder with .jpg, .png or .bmp images to predict")
-    out = Path(given.get("out") or Path(cfg.predict).parent / "predictions")
-    out.mkdir(parents=True, exist_ok=True)
-    net.eval()
-    for path in paths:
-        image = np.array(Image.open(path).convert("RGB"))
-        x, _ = Plain(cfg)(image, None)
-        with ctx.autocast():
-            logits = predict(net, to_device(x[None], ctx.device), cfg.multi_scale)
-        if logits.shape[2:] != image.shape[:2]:
-            logits = F.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
-        save_mask(logits.argmax(1)[0].byte().cpu().numpy(), state["palette"].cpu().numpy(), out / f"{path.stem}.png")
-    print(f"{len(paths)} predictions in {out}")
+    out = given.get("out") or Path(cfg.predict).parent / "predictions"
+    count = predict_folder(partial(predict, net.eval(), cfg=cfg, ctx=ctx), cfg.images, out, state["palette"],
+                           scoring_size(cfg), ctx.device)
+    print(f"{count} predictions in {out}")
 
 
 def main(argv=None):
@@ -782,7 +719,7 @@ def main(argv=None):
     if cfg.evaluate:
         return score_checkpoint(cfg, given)
     if cfg.predict:
-        return predict_folder(cfg, given)
+        return predict_images(cfg, given)
     if cfg.supervised and "method" in given:
         raise UserError("--supervised uses no unlabelled image, so --method has no meaning with it: drop one of the two")
     if {"steps", "epochs"} <= set(given):

@@ -7,7 +7,6 @@
 Masks are checked each time one is read: format, size, values. Samples are sorted by key, so their order is a
 function of the dataset alone.
 """
-import io
 import math
 import os
 import pickle
@@ -69,7 +68,7 @@ CAMVID_CLASSES = {
 
 
 class Split:
-    """Images and the files of their masks, sorted by key. A file is opened when image(i) or mask(i) needs it."""
+    """Images and the files of their masks, sorted by key. Files are opened by image(i) and mask(i) alone."""
 
     def __init__(self, files, tables):
         """files: {key: (image path, mask path or None)}
@@ -87,11 +86,7 @@ class Split:
 
     def image(self, i):
         """uint8 [H, W, 3], RGB, as stored: no EXIF rotation, since masks match the stored pixels."""
-        try:
-            with Image.open(self.images[i]) as image:
-                return np.array(image.convert("RGB"))
-        except (OSError, SyntaxError) as error:  # Pillow's errors for missing, truncated and damaged files
-            raise UserError(f"{self.images[i]}: cannot be read as an image ({error})") from error
+        return _read(self.images[i], "an image", lambda picture: np.array(picture.convert("RGB")))
 
     def mask(self, i):
         """uint8 [H, W], 0..C-1 and 255. UserError names the file, what is wrong and the likely cause."""
@@ -99,8 +94,7 @@ class Split:
         if path is None:
             raise UserError(f"{self.images[i]} has no mask")
         raw = _read_mat(path) if path.endswith(".mat") else _read_png(path)
-        with Image.open(self.images[i]) as image:  # reads the header only
-            size = image.size
+        size = _read(self.images[i], "an image", lambda picture: picture.size)  # of which the header is read
         if raw.shape != size[::-1]:
             raise UserError(f"{path}: the mask is {raw.shape[1]}x{raw.shape[0]} (width x height), its image "
                             f"{self.images[i]} is {size[0]}x{size[1]}; they must have one size")
@@ -125,7 +119,7 @@ class SegmentationData:
 
 
 def open_dataset(name, root, download=False, seed=0):
-    """Open one of DATASETS in `root`, its own folder or its parent. download: fetch it to `root` first (voc only).
+    """Open one of DATASETS in `root`, its own folder or its parent. download: fetch it to `root` (voc only).
 
     seed: used by none of the datasets, which are the same for every seed of a run.
     Raises UserError, with the layout that is expected, if the data is not there or not complete.
@@ -150,7 +144,7 @@ def open_dataset(name, root, download=False, seed=0):
     if not any(map(data.train.has_mask, range(len(data.train)))):
         raise UserError(f"{data.root}: no training image has a mask; expected:{LAYOUTS[name][0]}")
     if shared := sorted(set(data.train.keys) & set(data.val.keys)):
-        raise UserError(f"{data.root}: {len(shared)} images are in train and in {data.scored_on} ({_few(shared)})")
+        raise UserError(f"{data.root}: {len(shared)} images in train and {data.scored_on} ({_few(shared)})")
     return data
 
 
@@ -159,8 +153,8 @@ def open_dataset(name, root, download=False, seed=0):
 def open_voc(root):
     """PASCAL VOC 2012. Training images = (VOC train + SBD train + SBD val) - VOC val, 10,582 in all.
 
-    A mask is VOC's own PNG if there is one, else SBD's .mat, else that of SegmentationClassAug. Without these two,
-    the images of a list train_aug.txt or trainaug.txt in ImageSets/Segmentation are unlabelled ones.
+    A mask is VOC's own PNG if there is one, else SBD's .mat, else that of SegmentationClassAug. Without these
+    two, the images of a list train_aug.txt or trainaug.txt in ImageSets/Segmentation are unlabelled ones.
     """
     voc = _find_voc(root)
     if voc is None:
@@ -188,8 +182,8 @@ def open_voc(root):
     if more:
         notes += _compare("voc trainaug", trainaug)
     else:
-        notes.append("voc: there is no SBD, SegmentationClassAug or list train_aug.txt, so the training images are "
-                     "VOC's own train list; --download fetches SBD")
+        notes.append("voc: no SBD, SegmentationClassAug or list train_aug.txt, so the training images "
+                     "are those of VOC's own train list; --download fetches SBD")
     notes += _compare("voc train", train) + _compare("voc val", val)
     return SegmentationData("voc", VOC_CLASSES, voc_palette()[:21], *splits, "val", tuple(notes), voc,
                             frozenset(train))
@@ -197,8 +191,8 @@ def open_voc(root):
 
 def open_cityscapes(root):
     """Cityscapes fine, 19 classes. Masks .._labelIds.png (ids 0..33, mapped to 0..18 and 255), else
-    .._labelTrainIds.png: the name decides, not the content. Found, too, are archives unpacked into folders of their
-    own, and the flat copy images/train/x.png + segmentation/train/x_gtFine.png (trainIds)."""
+    .._labelTrainIds.png: the name decides, not the content. Found, too, are archives unpacked into folders of
+    their own, and the flat copy images/train/x.png + segmentation/train/x_gtFine.png (trainIds)."""
     for base in (root, root / "cityscapes", root / "Cityscapes"):
         images = _first([base], ("leftImg8bit", "leftImg8bit_trainvaltest/leftImg8bit", "images"), "train")
         masks = _first([base], ("gtFine", "gtFine_trainvaltest/gtFine", "segmentation"), "train")
@@ -222,8 +216,8 @@ def open_cityscapes(root):
         notes += _compare(f"cityscapes {name}", files)
     trained = sorted((kind.train_id, kind.name, kind.color) for kind in kinds if 0 <= kind.train_id < 19)
     _, classes, palette = zip(*trained)
-    return SegmentationData("cityscapes", classes, np.array(palette, np.uint8), splits["train"], splits["val"],
-                            "val", tuple(notes), base)
+    return SegmentationData("cityscapes", classes, np.array(palette, np.uint8), splits["train"],
+                            splits["val"], "val", tuple(notes), base)
 
 
 def open_camvid(root):
@@ -261,14 +255,14 @@ def open_folder(root):
         masks = _files(root / "masks" / name, (".png",))
         files[name] = {f"{name}/{key}": (path, masks.get(key)) for key, path in images.items()}
         if idle := sorted(masks.keys() - images.keys()):
-            notes.append(f"{root / 'masks' / name}: {len(idle)} masks have no image of their name ({_few(idle)})")
+            notes.append(f"{root / 'masks' / name}: {len(idle)} masks belong to no image ({_few(idle)})")
     for key, path in _files(root / "unlabeled", IMAGE_SUFFIXES).items():
         files["train"][f"unlabeled/{key}"] = path, None
     train, val = (Split(files[name], (("", identity(len(classes))),)) for name in ("train", "val"))
     able = [i for i in range(len(train)) if train.has_mask(i)]
-    if len(classes) == 2 and able:  # masks of 0 and 255, the usual black and white, would teach background only
+    if len(classes) == 2 and able:  # masks of 0 and 255, black and white, would teach one class only
         sample = able[::math.ceil(len(able) / 8)]
-        if {value for i in sample for value in np.unique(train.mask(i)).tolist()} == {0, IGNORE}:
+        if {0}.union(*(np.unique(train.mask(i)).tolist() for i in sample)) == {0, IGNORE}:
             raise UserError(f"{root / 'masks/train'}: the masks hold only 0 and 255, but 255 means 'ignore'; "
                             f"save {classes[1]} as 1")
     return SegmentationData("folder", classes, palette, train, val, "val", tuple(notes), root)
@@ -283,39 +277,39 @@ def _read_classes(path):
         names.append(" ".join(words[:-3] if coloured else words))
         colours.append([int(word) for word in words[-3:]] if coloured else voc_palette()[len(names) - 1])
         if len(names) > INVALID or max(colours[-1]) > 255 or names[-1] in names[:-1]:
-            raise UserError(f"{path}: line {line!r}: expected at most {INVALID} different names, one per line, "
-                            f"each alone or followed by its colour as three numbers 0..255")
+            raise UserError(f"{path}: line {line!r}: expected at most {INVALID} different names, one per "
+                            f"line, each alone or followed by its colour as three numbers 0..255")
     if len(names) < 2:
-        raise UserError(f"{path}: expected the names of two or more classes, one per line; found {len(names)}")
+        raise UserError(f"{path}: expected the names of two or more classes, one per line; found {names}")
     return tuple(names), np.array(colours, np.uint8)
 
 
 def download_voc(root):
     """VOC 2012 to root/VOCdevkit/VOC2012 and SBD to root/SBD, by torchvision, each if it is not there yet.
 
-    Each is unpacked in a folder of its own, which is renamed when it is complete: what an interrupted download
-    leaves is never taken for a dataset. The processes of a torchrun take turns; all but the first find it done.
+    Each is unpacked in a folder of its own, renamed when it is complete, so that what an interrupted download
+    leaves is never taken for a dataset. The processes of a torchrun take turns; the first one does it.
     """
     import fcntl  # here, because Windows has none
-    root.mkdir(parents=True, exist_ok=True)
-    with open(root / ".download.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            voc, part = root / "VOCdevkit/VOC2012", root / "VOC.part"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with open(root / ".download.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
             if not _find_voc(root):
+                part = root / "VOC.part"
                 torchvision.datasets.VOCSegmentation(part, year="2012", image_set="val", download=True)
-                voc.parent.mkdir(exist_ok=True)
-                os.replace(part / "VOCdevkit/VOC2012", voc)
+                (root / "VOCdevkit").mkdir(exist_ok=True)
+                os.replace(part / "VOCdevkit/VOC2012", root / "VOCdevkit/VOC2012")
                 shutil.rmtree(part)
-            part = root / "SBD.part"
-            if not _find_sbd(root, voc):
+            if not _find_sbd(root, _find_voc(root)):
+                part = root / "SBD.part"
                 for name in ("cls", "img", "inst"):  # torchvision does not move folders over existing ones
                     shutil.rmtree(part / name, ignore_errors=True)
                 torchvision.datasets.SBDataset(part, image_set="train", mode="segmentation", download=True)
                 (part / "benchmark.tgz").unlink(missing_ok=True)
                 os.replace(part, root / "SBD")
-        except (OSError, RuntimeError) as error:  # network, disk; torchvision's checksum error
-            raise UserError(f"the download to {root} failed ({error}); {LAYOUTS['voc'][1]}") from error
+    except (OSError, RuntimeError) as error:  # network, disk; torchvision's checksum error
+        raise UserError(f"the download to {root} failed ({error}); {LAYOUTS['voc'][1]}") from error
 
 
 def _find_voc(root):
@@ -347,8 +341,8 @@ def _first(bases, places, inside):
 
 
 def _files(folder, suffixes, flat=False):
-    """{path below the folder, or (flat) bare name, without suffix: path} of the files in it, at any depth. Left
-    out is what archives and file browsers leave behind: names with a leading dot, __MACOSX."""
+    """{path below the folder, or (flat) bare name, without suffix: path} of its files at any depth, but not
+    what archives and file browsers leave there: names with a leading dot, __MACOSX."""
     found = {}
     for here, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
@@ -406,19 +400,27 @@ def identity(classes):
     return table
 
 
+def _read(path, what, use):
+    """use(the picture in that file), whose errors become a UserError."""
+    try:
+        with Image.open(path) as picture:
+            return use(picture)
+    except (OSError, SyntaxError) as error:  # Pillow's errors for missing, truncated and damaged files
+        raise UserError(f"{path}: cannot be read as {what} ({error})") from error
+
+
 def _read_png(path):
     """uint8 [H, W]: the values stored in an 8-bit gray or a palette PNG."""
-    try:
-        stored = Path(path).read_bytes()
-        with Image.open(io.BytesIO(stored)) as picture:
-            raw, mode = np.array(picture), picture.mode
-    except (OSError, SyntaxError) as error:
-        raise UserError(f"{path}: cannot be read as a mask ({error})") from error
-    if stored[:4] == b"\x89PNG" and stored[25] == 0 and stored[24] < 8:  # colour type gray; bits per pixel
-        raise UserError(f"{path}: a gray PNG of {stored[24]} bits per pixel, whose values Pillow rescales to "
-                        f"0..255; save it with 8 bits per pixel")
+    raw, mode, kind = _read(path, "a mask", lambda picture: (np.array(picture), picture.mode, picture.format))
+    if kind != "PNG":
+        raise UserError(f"{path}: a {kind} file under the name of a PNG; expected a PNG of class ids")
+    with open(path, "rb") as file:
+        bits, colour_type = file.read(26)[24:]
+    if colour_type == 0 and bits < 8:  # gray
+        raise UserError(f"{path}: a gray PNG of {bits} bits per pixel, whose values Pillow rescales to "
+                        f"0..255: save it with 8 bits")
     if mode not in ("L", "P"):
-        cause = "more than 8 bits" if mode[0] in "IF" else "an RGB mask, colours instead of class ids"
+        cause = "more than 8 bits" if mode[0] in "IF" else "an RGB mask, colours or alpha, not class ids"
         raise UserError(f"{path}: mode {mode} ({cause}); expected an 8-bit gray or palette PNG of class ids")
     return raw
 
@@ -426,7 +428,10 @@ def _read_png(path):
 def _read_mat(path):
     """uint8 [H, W]: GTcls.Segmentation of an SBD file cls/*.mat."""
     try:
-        return scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+        mask = scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
+        if mask.dtype != np.uint8:
+            raise TypeError(f"its type is {mask.dtype}, not uint8")
+        return mask
     except (OSError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error,
             scipy.io.matlab.MatReadError) as error:  # what scipy raises, depending on where the damage is
         raise UserError(f"{path}: cannot be read as a MAT file with GTcls.Segmentation ({error})") from error
@@ -443,11 +448,11 @@ def _explain_values(path, values, table):
     elif classes == 19 and max(wrong) <= 33:
         cause = "19..33 are found in Cityscapes' labelIds only: such a file has to be called .._labelIds.png"
     elif wrong == [classes]:
-        cause = "labels that start at 1 and have to be shifted by one, or a class missing in the list of classes"
-    elif step in (17, 85):
-        cause = f"a gray PNG of fewer than 8 bits, rescaled when it was read: divide by {step}"
+        cause = "labels that start at 1 and have to be shifted by one, or a class missing in the class list"
+    elif step % 17 == 0:
+        cause = f"a gray PNG of fewer bits, rescaled when it was read: divide by {17 if step % 85 else 85}"
     else:
-        cause = "brightness or colour instead of class ids, or classes missing in the list of classes"
+        cause = "brightness or colour instead of class ids, or classes missing in the class list"
     return f"{path}: holds the values {_few(wrong)}, but only {allowed} are allowed; likely cause: {cause}"
 
 
@@ -456,13 +461,13 @@ def _explain_values(path, values, table):
 def choose_labelled(data, labeled, split_file, seed):
     """-> (labelled, unlabelled): sorted indices into data.train, disjoint and together all of it.
 
-    labeled: `all`; a count; or a fraction of the images that have a mask, rounded up as in the published lists (1/8
-    of 10582: 1323). They are the first of RandomState(seed).permutation of the sorted keys.
+    labeled: `all`; a count; or a fraction of the images that have a mask, rounded up (1/8 of 10582: 1323; if
+    a paper rounds otherwise, give the count). Drawn are the first of RandomState(seed).permutation.
     voc: `1464` is VOC's own train list, and counts up to its length are drawn from it, as the paper draws its
     pixel labels there; larger counts, and fractions, are drawn from all of trainaug.
-    split_file: a list of the labelled images, instead of `labeled`; masks that it names and that exist replace
-    the dataset's own in `data`. Of a permutation, the first images are labelled, as many as `labeled` says.
-    Raises UserError for a malformed value, too large a count, a list that does not fit, an image without mask.
+    split_file: a list of the labelled images, instead of `labeled`; masks that it names and that exist
+    replace the data's own. Of a permutation, the first images are labelled, as many as `labeled` says.
+    Raises UserError for a malformed value, too large a count, a list that does not fit, a missing mask.
     """
     train = data.train
     able = [i for i in range(len(train)) if train.has_mask(i)]
@@ -483,8 +488,8 @@ def choose_labelled(data, labeled, split_file, seed):
         pool = own if labeled.isdigit() and count <= len(own) else able
         chosen = [pool[k] for k in np.random.RandomState(seed).permutation(len(pool))[:count]]
     if bare := [train.keys[i] for i in chosen if not train.has_mask(i)]:
-        raise UserError(f"{split_file or '--labeled ' + labeled}: {len(bare)} of the {len(chosen)} images have no "
-                        f"mask in {data.root} ({_few(bare)})")
+        source = split_file or f"--labeled {labeled}"
+        raise UserError(f"{source}: {len(bare)} of the {len(chosen)} images have no mask ({_few(bare)})")
     labelled = set(chosen)
     return sorted(labelled), [i for i in range(len(train)) if i not in labelled]
 
@@ -509,8 +514,8 @@ def read_split(path, data):
     """Keys of training images, in the order of the file. Raises UserError with all that is wrong with it.
 
     A line is a key; or columns, separated by tab, comma or blanks: an image's path, whatever its prefix, then
-    perhaps a flag, or paths, the mask's last. Blank lines and comments (#) are skipped. A file .pkl or .pickle
-    holds a permutation of 0..N-1, an order of the N training images.
+    perhaps a flag, or paths, the mask's last. Blank lines and comments (#) are skipped. A .pkl or .pickle
+    file holds a permutation of 0..N-1, an order of the N training images.
     """
     return _read_rows(path, data)[0]
 
@@ -519,14 +524,15 @@ def _read_rows(path, data):
     """-> (keys, {key: mask that the list names, that exists, and that is not the dataset's own})"""
     if _is_pickle(path):
         return [data.train.keys[i] for i in _read_permutation(path, len(data.train))], {}
-    own, scored = dict(zip(data.train.keys, range(len(data.train)))), set(data.val.keys)
-    keys, masks, strange = [], {}, []
+    own, scored = {key: i for i, key in enumerate(data.train.keys)}, set(data.val.keys)
+    known, keys, masks, strange = own.keys() | scored, [], {}, []
     for line in _lines(path):
         line = re.sub("/+", "/", line.replace("\\", "/"))
         separator = r"\t" if "\t" in line else "," if "," in line else r"\s+"
-        # a key of `folder` may hold blanks and commas
-        columns = [line] if line in own else [column.strip() for column in re.split(separator, line)]
-        key = _key(columns[0], data.name, own.keys() | scored)
+        columns = [column.strip() for column in re.split(separator, line)]
+        if line in own:  # as write_split writes it; a key of `folder` may hold blanks and commas
+            columns = [line]
+        key = _key(columns[0], data.name, known)
         if key is None:
             strange.append(line)
             continue
@@ -536,8 +542,8 @@ def _read_rows(path, data):
             masks[key] = mask
     problems = []
     if strange:
-        problems.append(f"{len(strange)} lines name no image of {data.name} in {data.root} ({_few(strange)}); a line "
-                        f"is a key such as {data.train.keys[0]}, or an image's path, perhaps with its mask's")
+        problems.append(f"{len(strange)} lines name no image of {data.name} in {data.root} ({_few(strange)});"
+                        f" a line is a key such as {data.train.keys[0]}, or the paths of image and mask")
     if twice := [key for key, n in Counter(keys).items() if n > 1]:
         problems.append(f"{len(twice)} images stand there more than once ({_few(twice)})")
     if leaked := [key for key in keys if key in scored]:
@@ -550,7 +556,7 @@ def _read_rows(path, data):
 
 
 def _key(column, name, known):
-    """The known key that a path means, or None: what has the form of a key, or its longest tail that is one."""
+    """The known key that a path means, or None: what has a key's form, else its longest tail that is one."""
     if name in KEYS:
         found = re.findall(KEYS[name], column)
         return found[-1] if found and found[-1] in known else None
@@ -592,6 +598,6 @@ def _read_permutation(path, total):
     except (OSError, pickle.UnpicklingError, EOFError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"{path}: cannot be read as a pickled permutation ({error})") from error
     if order.dtype.kind not in "iu" or not np.array_equal(np.sort(order, axis=None), np.arange(total)):
-        raise UserError(f"{path}: expected a permutation of 0..{total - 1}, a number for each training image; "
+        raise UserError(f"{path}: expected a permutation of 0..{total - 1}, one number per training image; "
                         f"found {order.dtype} {list(order.shape)}")
     return order.ravel().tolist()

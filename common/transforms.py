@@ -74,3 +74,16 @@ def random_shift(image, mask, pixels, rng):
     window = np.s_[..., max(-dy, 0):max(-dy, 0) + height, max(-dx, 0):max(-dx, 0) + width]
     image = tvf.pad(image, edges, fill=0)[window]
     return image, mask if mask is None else tvf.pad(mask[None], edges, fill=IGNORE)[0][window]
+
+
+class ForScoring:
+    """Evaluation transform: normalised, at the original size, or with `size` resized to it (mask: nearest pixel)."""
+
+    def __init__(self, size=None):
+        self.size = size
+
+    def __call__(self, image, mask, rng=None):
+        image, mask = to_tensors(image, mask)
+        if self.size:
+            image, mask = resize(image, mask, self.size)
+        return normalise(image), mask

@@ -14,8 +14,23 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
-TINY = ["--data", "shapes", "--labeled", "12", "--batch", "2", "--k", "1", "--backbone", "resnet18", "--backbone-layers", "2",
-        "--weights", "none", "--device", "cpu", "--eval-every", "100", "--save-every", "1", "--log-every", "1"]
+TINY = ["--data", "folder", "--labeled", "5", "--batch", "2", "--k", "1", "--backbone", "resnet18", "--backbone-layers", "2",
+        "--weights", "none", "--device", "cpu", "--long-side", "48", "--crop", "32", "--lr", "0.01", "--workers", "0",
+        "--eval-every", "100", "--save-every", "1", "--log-every", "1"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes a minute or more; runs with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
 def run_script(*arguments, script="cct.py", processes=1, check=0, timeout=120):
@@ -63,6 +78,14 @@ def same_state(a, b):
     return a == b
 
 
-@pytest.fixture
-def tiny():
-    return list(TINY)
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """Flags of a run of seconds, on a folder dataset of a dozen images; --out and --steps are the test's."""
+    import fixtures
+    return [*TINY, "--root", str(fixtures.make_folder(tmp_path_factory.mktemp("data") / "folder"))]
+
+
+def run_here(*arguments):
+    """Run cct.py's main in this process: faster than run_script by the start of Python."""
+    import cct
+    cct.main([*map(str, arguments)])

@@ -1,7 +1,8 @@
-"""Small dataset trees in the real formats. Each make_* writes one below `root` and returns what to pass as --root.
+"""Small dataset trees in the real formats. Each make_* writes one to `root` and returns what --root takes.
 
-Pictures can be learned: every class has a colour of its own, plus noise. Sizes are about 64x80, some of them odd.
+Pictures can be learned: every class has a colour of its own, plus noise. Sizes are about 64x80, some odd.
 """
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -17,7 +18,7 @@ SIZES = ((64, 80), (61, 77), (80, 64), (64, 80))  # (height, width), in turn
 
 
 def blocks(rng, size, classes, void=None):
-    """Mask uint8 [H, W]: classes[0] with two rectangles of others in it, each in a 1-pixel ring of `void` if given."""
+    """Mask uint8 [H, W]: classes[0] and two rectangles of others, each in a ring of `void` if given."""
     mask = np.full(size, classes[0], np.uint8)
     for label in rng.choice(classes[1:], 2, replace=len(classes) < 3):
         height, width = (int(rng.integers(side // 4, side // 2)) for side in size)
@@ -60,8 +61,8 @@ def save_low_bit_gray(path, mask, bits):
     shifts = np.arange(bits - 1, -1, -1)
     rows = [b"\0" + np.packbits((row[:, None] >> shifts) & 1).tobytes() for row in np.asarray(mask, np.uint8)]
     header = struct.pack(">IIBBBBB", mask.shape[1], mask.shape[0], bits, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"".join(rows)))
-                     + chunk(b"IEND", b""))
+    body = chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b""))
 
 
 def save_sbd(path, mask):
@@ -73,8 +74,8 @@ def save_sbd(path, mask):
         edge[:-1] = (mask[:-1] == k + 1) != (mask[1:] == k + 1)
         boundaries[k, 0] = scipy.sparse.csc_matrix(edge)
     present = np.array([[label] for label in np.unique(mask) if label], np.uint8)
-    scipy.io.savemat(path, {"GTcls": {"Boundaries": boundaries, "Segmentation": mask, "CategoriesPresent": present}},
-                     do_compression=True)
+    fields = {"Boundaries": boundaries, "Segmentation": mask, "CategoriesPresent": present}
+    scipy.io.savemat(path, {"GTcls": fields}, do_compression=True)
 
 
 def save_lines(path, rows):
@@ -84,11 +85,10 @@ def save_lines(path, rows):
 
 def add_junk(folder):
     """What archives and file browsers leave between the files."""
-    for path in (folder / ".DS_Store", folder / "Thumbs.db", folder / "__MACOSX" / "._2008_000002.png",
-                 folder / "._2007_000032.png", folder / "._2007_000032.jpg", folder / "__MACOSX" / "stray.png",
-                 folder / "__MACOSX" / "stray.jpg"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"not a picture")
+    (folder / "__MACOSX").mkdir()
+    for name in (".DS_Store", "Thumbs.db", "._2007_000032.png", "._2007_000032.jpg", "__MACOSX/._x.png",
+                 "__MACOSX/stray.png", "__MACOSX/stray.jpg", "__MACOSX/stray.mat"):
+        (folder / name).write_bytes(b"not a picture")
 
 
 VOC_TRAIN = [f"2007_{number:06d}" for number in (32, 39, 63, 68, 121, 170, 241, 243, 250, 256, 333, 363)]
@@ -97,7 +97,7 @@ SBD_ONLY = [f"2008_{number:06d}" for number in (2, 3, 7, 8, 9, 16)]
 
 
 def make_voc(root, n_train=6, n_val=3):
-    """VOCdevkit/VOC2012 with palette masks of classes 0, 1, 15, 16, 17 and 255 borders; the first image is gray."""
+    """VOCdevkit/VOC2012; palette masks of classes 0, 1, 15, 16, 17 and borders of 255. One image is gray."""
     root, rng = Path(root), np.random.default_rng(1)
     voc = root / "VOCdevkit/VOC2012"
     lists = {"train": VOC_TRAIN[:n_train], "val": VOC_VAL[:n_val]}
@@ -112,37 +112,42 @@ def make_voc(root, n_train=6, n_val=3):
     return root
 
 
+def add_sbd_only(voc, n_extra):
+    """Write the first images that SBD alone labels. -> {key: mask of classes 0, 1 and 15, without 255}"""
+    rng, masks = np.random.default_rng(2), {}
+    for k, key in enumerate(SBD_ONLY[:n_extra]):
+        masks[key] = blocks(rng, SIZES[k % 4], (0, 1, 15))
+        save_picture(voc / f"JPEGImages/{key}.jpg", picture_of(rng, masks[key]))
+    return masks
+
+
 def make_sbd(root, n_extra=4):
-    """SBD beside VOC (made if it is not there): `n_extra` images of its own, of classes 0, 1, 15 and without 255; the
-    second image of VOC train, labelled 3 throughout; and the first of VOC val, which must not be trained on."""
-    root, rng = Path(root), np.random.default_rng(2)
+    """SBD beside VOC (made if it is not there): `n_extra` images of its own; the second image of VOC train,
+    labelled 3 throughout; and the first of VOC val, which must not be trained on."""
+    root = Path(root)
     voc, sbd = root / "VOCdevkit/VOC2012", root / "benchmark_RELEASE/dataset"
     if not voc.exists():
         make_voc(root)
-    keys = [VOC_TRAIN[1], VOC_VAL[0], *SBD_ONLY[:n_extra]]
-    for k, key in enumerate(keys):
-        size = Image.open(voc / f"JPEGImages/{key}.jpg").size[::-1] if k < 2 else SIZES[k % 4]
-        mask = blocks(rng, size, (0, 1, 15)) if k > 1 else np.full(size, 3, np.uint8)
+    masks = {key: np.full(np.array(Image.open(voc / f"SegmentationClass/{key}.png")).shape, 3, np.uint8)
+             for key in (VOC_TRAIN[1], VOC_VAL[0])} | add_sbd_only(voc, n_extra)
+    for key, mask in masks.items():
         save_sbd(sbd / f"cls/{key}.mat", mask)
-        for folder in [sbd / "img"] + ([voc / "JPEGImages"] if k > 1 else []):
-            save_picture(folder / f"{key}.jpg", picture_of(rng, mask))
-    save_lines(sbd / "train.txt", keys[:-1])
-    save_lines(sbd / "val.txt", keys[-1:])
+        (sbd / "img").mkdir(exist_ok=True)
+        shutil.copy(voc / f"JPEGImages/{key}.jpg", sbd / f"img/{key}.jpg")
+    save_lines(sbd / "train.txt", list(masks)[:-1])
+    save_lines(sbd / "val.txt", list(masks)[-1:])
     return root
 
 
 def make_aug(root, n_extra=4):
-    """SegmentationClassAug (gray masks) in a VOC tree, made if it is not there: VOC's own ids and `n_extra` others."""
-    root, rng = Path(root), np.random.default_rng(2)
+    """SegmentationClassAug in VOC (made if it is not there): gray masks of VOC's ids and `n_extra` others."""
+    root = Path(root)
     voc = root / "VOCdevkit/VOC2012"
     if not voc.exists():
         make_voc(root)
-    for path in (voc / "SegmentationClass").glob("*.png"):
-        save_gray(voc / "SegmentationClassAug" / path.name, np.array(Image.open(path)))
-    for k, key in enumerate(SBD_ONLY[:n_extra]):
-        mask = blocks(rng, SIZES[k % 4], (0, 1, 15))
+    masks = {path.stem: np.array(Image.open(path)) for path in (voc / "SegmentationClass").glob("*.png")}
+    for key, mask in (masks | add_sbd_only(voc, n_extra)).items():
         save_gray(voc / f"SegmentationClassAug/{key}.png", mask)
-        save_picture(voc / f"JPEGImages/{key}.jpg", picture_of(rng, mask))
     return root
 
 
@@ -168,13 +173,14 @@ def make_cityscapes(root, nested=False):
     return root
 
 
-CAMVID = {"train": ("0001TP_006690", "0001TP_006720", "0006R0_f00930", "0006R0_f00960", "0016E5_00390", "0016E5_00901"),
+CAMVID = {"train": ("0001TP_006690", "0001TP_006720", "0006R0_f00930", "0006R0_f00960", "0016E5_00390",
+                    "0016E5_00901"),
           "val": ("0016E5_07959", "0016E5_07961"), "test": ("Seq05VD_f00000", "Seq05VD_f00030")}
 
 
 def make_camvid(root, test=True, lists=True):
-    """CamVid at 72x96: 6 train, 2 val and (test) 2 test images; the first row of every mask holds 0..11; (lists)
-    train.txt, .. with the absolute paths of another machine."""
+    """CamVid at 72x96: 6 train, 2 val and (test) 2 test images; the first row of every mask holds 0..11;
+    (lists) train.txt, .. with the absolute paths of another machine."""
     root, rng = Path(root), np.random.default_rng(4)
     for split, keys in CAMVID.items():
         if split == "test" and not test:
@@ -185,21 +191,24 @@ def make_camvid(root, test=True, lists=True):
             save_picture(root / f"CamVid/{split}/{key}.png", picture_of(rng, mask))
             save_gray(root / f"CamVid/{split}annot/{key}.png", mask)
         if lists:
-            save_lines(root / f"CamVid/{split}.txt",
-                       [f"/SegNet/CamVid/{split}/{key}.png /SegNet/CamVid/{split}annot/{key}.png" for key in keys])
+            rows = [f"/SegNet/CamVid/{split}/{key}.png /SegNet/CamVid/{split}annot/{key}.png" for key in keys]
+            save_lines(root / f"CamVid/{split}.txt", rows)
     return root
 
 
-def make_folder(root, n_train=6, n_val=2, n_unlabeled=3, classes=("ground", "tall tree 0 128 0", "car", "sky 70 130 180")):
-    """A user's own data: .jpg and .png images, one in a sub-folder; gray and palette masks, with 255 around objects."""
+def make_folder(root, n_train=6, n_val=2, n_unlabeled=3,
+                classes=("ground", "tall tree 0 128 0", "car", "sky 70 130 180")):
+    """A user's own data: .jpg and .png images, one in a sub-folder; gray and palette masks with some 255."""
     root, rng = Path(root), np.random.default_rng(6)
-    names = {"train": [f"img{k}" for k in range(n_train - 1)] + ["more/img0"], "val": [f"img{k}" for k in range(n_val)]}
+    names = {"train": [*(f"img{k}" for k in range(n_train - 1)), "more/img0"],
+             "val": [f"img{k}" for k in range(n_val)]}
     for split, stems in names.items():
         for k, stem in enumerate(stems):
             mask = blocks(rng, SIZES[k % 4], range(len(classes)), void=255)
             save_picture(root / f"images/{split}/{stem}.{('jpg', 'png')[k % 2]}", picture_of(rng, mask))
             (save_gray, save_palette)[k % 2](root / f"masks/{split}/{stem}.png", mask)
     for k in range(n_unlabeled):
-        save_picture(root / f"unlabeled/new{k}.jpg", picture_of(rng, blocks(rng, SIZES[k % 4], range(len(classes)))))
+        mask = blocks(rng, SIZES[k % 4], range(len(classes)))
+        save_picture(root / f"unlabeled/new{k}.jpg", picture_of(rng, mask))
     save_lines(root / "classes.txt", classes)
     return root
