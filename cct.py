@@ -126,6 +126,8 @@ class Config:
     vat_xi: float = option(0.1, "I-VAT and VAT: step of the power iteration (Eq. 13)")
     vat_released: bool = option(False, "I-VAT as released: uniform start, xi 1e-6, norm + 1e-8 (numerically inert)")
 
+    ema: float = option(0.999, "Mean Teacher: decay of the teacher after the ramp-up, 0.99 within it")
+
     supervised_loss: str = option("ce", "L_s: ce (Eq. 1) or ab_ce (Eq. 4)", ("ce", "ab_ce"), group="optimisation")
     eta_final: float = option(0.9, "ab-CE: final threshold (Eq. 17)")
     eta_length: float = option(0.4, "ab-CE: ramp length as a share of the steps (App. K; Table 12 has 0.5)")
@@ -628,7 +630,7 @@ def train(cfg):
         ctx.scaler.step(optimizer)
         ctx.scaler.update()
         if teacher:
-            update_ema(teacher, net, 0.99 if step < cfg.ramp_length * cfg.steps else 0.999)
+            update_ema(teacher, net, cfg.ema if step >= cfg.ramp_length * cfg.steps else 0.99)
         step += 1
         log.add(step, **terms, lr=lr)
         if step % cfg.eval_every == 0 and step < cfg.steps:
