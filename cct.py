@@ -148,9 +148,9 @@ class Config:
 
 
 PRESETS = {
-    "shapes": dict(labeled="40", steps=600, batch=8, flip=True, shift=6, backbone="resnet18", backbone_layers=3,
-                   weights="none", optimizer="adam", lr=2e-3, lambda_u=20.0, k=1, workers=0, eval_every=200,
-                   save_every=100),
+    "shapes": dict(labeled="40", steps=1000, batch=6, flip=True, shift=6, backbone="resnet18", backbone_layers=2,
+                   weights="none", optimizer="adam", lr=3e-3, k=1, lambda_u=15.0, vat_eps=5.0, ema=0.99, workers=0,
+                   eval_every=250, save_every=100),
     "voc": dict(labeled="1464", epochs=50, batch=10, long_side=400, scale=(0.5, 2.0), crop=(320, 320), flip=True),
     "cityscapes": dict(labeled="100", epochs=50, batch=4, size=(512, 1024), eval_size="train"),
     "camvid": dict(labeled="100", epochs=50, batch=10, size=(360, 480), eval_size="train", eval_every=270,
@@ -201,7 +201,7 @@ class Decoder(nn.Module):
         return x
 
     def act(self, x, i):
-        return F.relu(x) if i < 2 or self.last_relu else x
+        return F.relu_(x) if i < 2 or self.last_relu else x
 
 
 def columns_to_image(columns, b, h, w):
@@ -399,7 +399,7 @@ def distance(kind, p, logits):
         return torch.xlogy(p, p) - p * logits.log_softmax(0)
     q = logits.softmax(0)
     if kind == "mse":
-        return (p - q).square()
+        return F.mse_loss(q, p, reduction="none")
     log_p, log_q, log_m = (x.clamp(min=1e-30).log() for x in (p, q, (p + q) / 2))  # probabilities may underflow to 0
     return (p * (log_p - log_m) + q * (log_q - log_m)) / 2
 
@@ -530,6 +530,8 @@ def train(cfg):
         cfg.steps = math.ceil(cfg.epochs * math.ceil(len(unlabelled) / cfg.batch))
     if any(c >= len(data.classes) for c in cfg.background):
         raise UserError(f"--background {','.join(map(str, cfg.background))}: {cfg.data} has classes 0..{len(data.classes) - 1}")
+    if not 0 <= cfg.dropout < 1:
+        raise UserError(f"--dropout {cfg.dropout}: expected a rate of at least 0 and below 1")
     if cfg.batch < 2:
         raise UserError("--batch 1: batch normalisation after the 1x1 pooling of the PSP module needs at least 2 images")
     folder, share, num_classes = Path(cfg.out), ctx.share(cfg.batch), len(data.classes)

@@ -1,4 +1,4 @@
-"""cct.py against the paper: each piece versus a slow, obvious version of it, or numbers worked out by hand."""
+"""cct.py against the paper: each piece versus a slow, obvious version, or numbers worked out by hand."""
 import copy
 import math
 import types
@@ -564,7 +564,7 @@ def test_inv13_g_cutout_of_random_blobs():
                             for o in range(n * 6 // 10 + 1)}
             assert {window[axis] for window in windows} == every_offset
         alone = [len({window[axis] for window in windows}) for axis in (0, 1)]
-        assert len(windows) > sum(alone)  # the coordinates are independent; one draw for both gives no more pairs
+        assert len(windows) > sum(alone)  # more pairs than one draw for both coordinates can give
 
 
 def unit(d):
@@ -608,7 +608,7 @@ def test_inv14_released_i_vat_is_inert_and_ours_survives_tiny_and_absent_gradien
     assert max(norms(cct.adversarial(z, decoder.columns, Random((1,)), released=True)[0])) < 0.05
     tiny = cct.adversarial(z, lambda z: 1e-4 * decoder.columns(z), Random((1,)))[0]
     assert norms(tiny) == pytest.approx([2, 2], abs=1e-4)
-    assert norms(cct.unit(1e-30 * normal(0, 2, 3, 4, 5))) == pytest.approx([1, 1])  # its square is 0 in float32
+    assert norms(cct.unit(1e-30 * normal(0, 2, 3, 4, 5))) == pytest.approx([1, 1])  # squares to 0
     assert not cct.adversarial(z, lambda z: 0 * decoder.columns(z), Random((1,)))[0].any()  # a dead decoder
 
 

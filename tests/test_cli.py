@@ -74,7 +74,7 @@ def test_help_is_grouped_and_complete():
     ("--data voc --root /nowhere", "/nowhere"), ("--evaluate nothing.pt", "no checkpoint at nothing.pt"),
     ("--evaluate README.md", "not a checkpoint"), ("--device cuda", "no CUDA device"), ("--precision fp16", "needs a CUDA"),
     ("--weights nowhere.pth --steps 1 ", "no such file"), ("--background 99", "--background 99"),
-    ("--labeled 100000", "100000"), ("--batch 1", "at least 2 images")])
+    ("--labeled 100000", "100000"), ("--batch 1", "at least 2 images"), ("--dropout 1", "below 1")])
 def test_a_users_mistake_is_one_sentence(tmp_path, capsys, flags, said):
     if said in ("no CUDA device", "needs a CUDA") and cct.torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
