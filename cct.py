@@ -37,7 +37,7 @@ Deviations (paper / authors' code / here, and why)
 Commands
   python cct.py                                                   first run: shapes, on a CPU in minutes
   python cct.py --data voc --root data --download --labeled 1464  the paper's Table 1
-  torchrun --nproc_per_node=4 cct.py --data voc --labeled 1464    the same on 4 GPUs
+  torchrun --nproc_per_node=2 cct.py --data voc --labeled 1464    the same on 2 GPUs, 5 + 5 images each
   python cct.py --data voc --supervised                           its baseline; the same command again resumes a run
   python cct.py --evaluate runs/.../last.pt --multi-scale         or --predict runs/.../last.pt --images photos/
 """

@@ -71,6 +71,8 @@ def _add_flag(group, field, kind):
 
 
 def _show(value):
+    if isinstance(value, bool):
+        return "on" if value else "off"
     if isinstance(value, (tuple, list)):
         return ("," if isinstance(value[0], str) else " ").join(map(str, value))
     return str(value)
@@ -79,7 +81,7 @@ def _show(value):
 def parse(config_class, presets, argv=None, description=""):
     """Read the command line. -> (config, given): the dataclass filled in, and the fields that were given as flags."""
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False,
+        description=description, allow_abbrev=False, usage="%(prog)s [--flag value ..]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
         epilog="Values not given come from the preset of --data, then from the defaults in [brackets].")
     kinds, group = typing.get_type_hints(config_class), parser

@@ -1,7 +1,7 @@
 """Benchmark of the real training command: speed, peak memory and data wait, printed as the README's table.
 
     python tests/bench.py                                   # ResNet-50, 2+2 images of 320x320 and 160x160, fp32
-    python tests/bench.py --images 20 --size 320 --precision bf16 fp32 --steps 60 --device cuda
+    python tests/bench.py --images 20 --size 320 --precision bf16 fp32 --steps 60 --workers 4
 
 Each row runs the script in a process of its own on random images of 21 classes, reads its log.csv (first interval left
 out), and its peak memory from the system (the process's largest resident set on the CPU, allocated memory on CUDA).
@@ -62,7 +62,7 @@ def main():
     parser.add_argument("--precision", nargs="+", default=["fp32"])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=0, help="data processes per stream")
     parser.add_argument("extra", nargs="*", help="further flags of the script, after --")
     args = parser.parse_args()
     every = max(2, args.steps // 5)

@@ -106,7 +106,7 @@ def test_contradicting_flags_are_refused(whole, tiny):
     with pytest.raises(UserError) as error:
         run_here(*tiny, "--steps", 8, "--out", folder, "--lr", 0.5, "--supervised")
     output = str(error.value)
-    assert "--lr was 0.01, now 0.5" in output and "--supervised was False, now True" in output
+    assert "--lr was 0.01, now 0.5" in output and "--supervised was off, now on" in output
     assert same_state(before, last(folder))
 
 
