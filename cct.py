@@ -19,20 +19,22 @@ Map (paper -> this file)
 
 Deviations (paper / authors' code / here, and why)
   D1  Distances: Eq. 7-9 sum over classes / mean over classes / mean, because lambda_u = 30 was tuned with it.
-  D2  JS: Eq. 9 / KLs reversed, unbounded / Eq. 9.     D3  Pairwise loss: added to L / computed, never trained / added.
+  D2  JS: Eq. 9 / KLs reversed, unbounded / Eq. 9.     D3  Pairwise loss: added to L / never trained / --pairwise 1.
   D4  w_u: Gaussian (3.2.2) and exp (Eq. 16) / Gaussian / Gaussian, --ramp exp. It starts at lambda_u e^-5, not at 0.
   D5  F-Drop: gamma in [.6, .9] / [.7, .9] / paper. "10-40 %" is not what a threshold on z'/max drops: --drop-quantile.
-  D6  I-VAT: xi 1e-6 / same, and + 1e-8 in the norm: r_adv is 1000 times too short and random / xi 0.1, exact norm.
+  D6  I-VAT: xi 1e-6 / same, + 1e-8 in the norm: r_adv is rounding noise of length < 0.05, not 2 / xi 0.1, exact norm.
   D7  G-Cutout: area 0.4 / side 0.4 of blobs with > 50 contour points / side 0.4 of blobs with >= 64 pixels.
   D8  Last sub-pixel layer: no ReLU in Table 11 / ReLU / ReLU, --no-last-relu. Logits are then >= 0.
   D9  poly: 1 - (t/N)^.9 (misprint) / (1 - t/N)^.9 / as code. ResNet's lr: 0.01 / 0.001 / as code.
   D10 ab-CE ramp: 0.5 (Table 12), 0.4 (App. K) / 0.4, stops at 0.894 / 0.4, goes on to 0.9 as Eq. 17 does.
   D11 Labelled epochs: - / augmented batches cached and replayed / fresh augmentation. Baseline: - / fewer steps / same.
-  D12 Crop 321 / 320 / 320; sizes not divisible by 8 are padded by reflection and the logits cropped, in training too.
-  D13 Stem: - / three 3x3 convolutions, weights no longer served / torchvision's 7x7 ResNet and weights.
+  D12 Crop 321 / 320 / 320; sizes not divisible by 8 are padded by reflection, the logits cropped, also in training.
+  D13 Stem: - / three 3x3 convolutions / torchvision's ResNet with its 7x7 stem, because its weights are there.
   D14 From scratch (--weights none) the paper's ICNR head hardly trains: its sub-pixel convolutions then start as the
-      identity (nearest-neighbour upsampling of the 1x1 logits), and the backbone has the same lr as the heads.
+      identity (nearest-neighbour upsampling of the 1x1 logits, lifted over the ReLUs by a bias), and the backbone has
+      the same lr as the heads.
   D15 Several GPUs: - / DataParallel, BN per GPU / one global batch: synchronised BN, losses and draws.
+  D16 Mean Teacher, VAT: constants not given / absent / teacher in eval mode, decay --ema; VAT has I-VAT's constants.
 
 Commands
   python cct.py                                                   first run: shapes, on a CPU in minutes

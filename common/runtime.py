@@ -61,6 +61,8 @@ class Runtime:
             if isinstance(child, nn.BatchNorm2d):
                 sync = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
                 sync.load_state_dict(child.state_dict())
+                sync.weight, sync.bias = child.weight, child.bias  # with their requires_grad
+                sync.train(child.training)
                 setattr(module, name, sync)
             else:
                 self.synchronise_bn(child)

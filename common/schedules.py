@@ -30,9 +30,16 @@ def ramp(shape, step, length):
 
 
 @torch.no_grad()
-def update_ema(teacher, student, decay):
-    """teacher <- decay * teacher + (1 - decay) * student for parameters; buffers (BN statistics, counters) are copied."""
+def update_ema(teacher, student, decay, buffers="copy"):
+    """teacher <- decay * teacher + (1 - decay) * student for the parameters.
+
+    buffers (BN statistics): "copy" the student's, "ema" averages them too, "keep" leaves the teacher's own. Integer
+    buffers (counters) are copied unless kept.
+    """
     mine, theirs = list(teacher.parameters()), [p.detach() for p in student.parameters()]
-    torch._foreach_lerp_(mine, theirs, 1 - decay)
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
-        buffer.copy_(source)
+        if buffers == "ema" and buffer.is_floating_point():
+            mine, theirs = [*mine, buffer], [*theirs, source]
+        elif buffers != "keep":
+            buffer.copy_(source)
+    torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -740,6 +740,7 @@ FORMS = {  # spec section 8: (dataset, form of a line, {key: how the line names 
     "k": ("sun", "image/train/{0}.jpg depth/train/00000001.png label37/train/00000001.png"),
     "l": ("scene", "SUNRGBD/realsense/shr/2014-{}//image/0000063.jpg"),
     "folder": ("folder", "images/{}.jpg"), "folder key": ("folder", "{}"),
+    "folder windows": ("folder", "images\\{}.jpg"),
 }
 
 
@@ -815,6 +816,23 @@ def test_a_mask_that_the_list_names_is_used(tmp_path):
     before = data.notes
     labelled, _ = choose_labelled(data, "", file, 0)
     assert 9 not in data.train.mask(labelled[0]) and data.notes == before
+
+
+def test_columns_of_a_list(tmp_path):
+    """Names may hold blanks if tabs or commas separate; a mask is the last column; an image is no mask."""
+    root, file = make_folder(tmp_path / "data"), tmp_path / "list.txt"
+    for folder in ("images", "masks", "depth", "other"):
+        save_gray(root / f"{folder}/train/two words.png", np.full((20, 30), len(folder)))
+    for separator in ("\t", ",", " , "):
+        data = open_dataset("folder", root)
+        save_lines(file, [separator.join(f"{folder}/train/two words.png" for folder in ("images", "depth", "other"))])
+        i = choose_labelled(data, "all", file, 0)[0][0]
+        assert data.train.masks[i] == str(root / "other/train/two words.png")
+    for line in ("images/train/img1.png depth/train/gone.png", "train/img1 images/train/img0.jpg"):
+        data = open_dataset("folder", root)
+        save_lines(file, [line])
+        i = choose_labelled(data, "all", file, 0)[0][0]
+        assert data.train.masks[i] == str(root / "masks/train/img1.png")
 
 
 def test_a_list_may_name_masks_of_images_that_have_none_otherwise(tmp_path):
