@@ -237,7 +237,7 @@ class Segmenter(nn.Module):
 
     def encode(self, x):
         """h: [B, 3, H, W] -> z >= 0, [B, 512, ceil(H/8), ceil(W/8)]; H, W are padded to multiples of 8 by reflection"""
-        bottom, right = -x.shape[2] % 8, -x.shape[3] % 8
+        bottom, right = (8 - x.shape[2] % 8) % 8, (8 - x.shape[3] % 8) % 8  # torch.compile cannot do -n % 8
         if bottom or right:
             x = F.pad(x, (0, right, 0, bottom), mode="reflect" if min(x.shape[2:]) > 7 else "replicate")
         return self.psp(self.backbone(x))
