@@ -1,8 +1,8 @@
 """The command line: help, errors, presets, and the promises of the documentation."""
 import ast
 import dataclasses
+import importlib
 import re
-import typing
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,8 @@ from conftest import ROOT, run_script
 
 import cct
 from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
+
+SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))}
 
 
 @dataclasses.dataclass
@@ -59,11 +61,12 @@ def test_config_survives_json_and_checkpoint(tmp_path):
     keep_config(tmp_path, Toy(size=(3, 4), lr=0.7), free=("lr",))
 
 
-def test_help_is_grouped_and_complete():
-    text = run_script("--help")
-    for group in ("run:", "images:", "network:", "consistency:", "optimisation:", "machine:"):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_is_grouped_and_complete(script):
+    text = run_script("--help", script=f"{script}.py")
+    for group in ("run:", "images:", "network:", "optimisation:", "machine:"):
         assert f"\n{group}\n" in text
-    for field in dataclasses.fields(cct.Config):
+    for field in dataclasses.fields(SCRIPTS[script].Config):
         assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
     assert max(map(len, text.splitlines())) <= 120
 
@@ -92,11 +95,17 @@ def test_exit_status_reaches_the_shell():
     assert "unrecognized arguments: --lamda-u" in run_script("--lamda-u", "3", check=2)
 
 
-def test_presets_parse_and_name_real_fields():
-    names = {field.name for field in dataclasses.fields(cct.Config)}
-    kinds = typing.get_type_hints(cct.Config)
-    for data, preset in cct.PRESETS.items():
-        assert set(preset) <= names and data in cct.DATASETS and kinds
+@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+def test_presets_name_real_fields(script):
+    names = {field.name for field in dataclasses.fields(script.Config)}
+    assert set(script.FREE) <= names
+    for data, preset in script.PRESETS.items():
+        assert set(preset) <= names and data in script.DATASETS
+        parse(script.Config, script.PRESETS, ["--data", data])
+
+
+def test_presets_of_cct_are_the_papers():
+    for data in cct.PRESETS:
         config, _ = parse(cct.Config, cct.PRESETS, ["--data", data])
         assert config.steps or config.epochs
     voc, camvid = (parse(cct.Config, cct.PRESETS, ["--data", d])[0] for d in ("voc", "camvid"))
@@ -104,15 +113,24 @@ def test_presets_parse_and_name_real_fields():
     assert (camvid.size, camvid.flip, camvid.scale) == ((360, 480), False, (1.0, 1.0))
 
 
-def test_documentation_names_what_exists():
-    """Every name in the docstring's Map is in the script; every command in the README parses."""
-    table = cct.__doc__.partition("Map (")[2].partition("Deviations")[0]
-    for name in set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", table)) - {"w_u", "lambda_u"}:
-        assert hasattr(cct, name), name
-    for line in (ROOT / "README.md").read_text().replace("\\\n", " ").splitlines():
-        command = re.search(r"\bcct\.py((?: [^#`|&]+)?)", line) if line.startswith(("python ", "torchrun ")) else None
-        if command:
-            parse(cct.Config, cct.PRESETS, command[1].split())
+SYMBOLS = {"w_u", "lambda_u"}  # with an underscore, but no names of functions
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_documentation_names_what_exists(script):
+    """Every name in the docstring's Map is in the script; every command in its docstring and the README parses."""
+    module = SCRIPTS[script]
+    table = module.__doc__.partition("Map (")[2].partition("Deviations")[0]
+    for name in set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", table)) - SYMBOLS:
+        assert hasattr(module, name), name
+    commands = 0
+    for line in (module.__doc__ + (ROOT / "README.md").read_text()).replace("\\\n", " ").splitlines():
+        if line.strip().startswith(("python ", "torchrun ")):
+            command = re.search(rf"\b{script}\.py((?: [^#`|&]+)?)", re.split(r"\s{2,}", line.strip())[0])
+            if command:
+                parse(module.Config, module.PRESETS, command[1].split())
+                commands += 1
+    assert commands > 5
 
 
 def test_scripts_stay_apart():
