@@ -7,7 +7,8 @@ from PIL import Image
 from torch import nn
 
 from common import checkpoint, transforms
-from common.backbones import PSP, RESNETS, ResNet, load_matching, load_weights
+from common.backbones import (ASPP, PSP, RESNETS, DeepLabResNet, DeepLabV2, DeepLabV3Plus, ResNet, hold_bn, load_matching,
+                              load_weights, upsample)
 from common.runtime import Random, Runtime, mix
 from common.schedules import poly, set_lr, update_ema
 from common.settings import UserError
@@ -55,6 +56,74 @@ def test_truncated_resnet():
             net = ResNet("resnet18", layers)
             assert net.out_channels == channels and net(torch.empty(1, 3, 64, 64)).shape == (1, channels, 8, 8)
             assert hasattr(net, f"layer{layers}") and not hasattr(net, f"layer{layers + 1}")
+
+
+def test_deeplab_sizes_and_parameters():
+    """Parameter counts and feature sizes of the authors' networks (torchvision's would give 40 and 32x64 cells)."""
+    with torch.device("meta"):
+        for classes, count in ((21, 44_048_532), (60, 46_924_080), (19, 43_901_068)):
+            net = DeepLabV2(classes, bn="affine")
+            assert sum(p.numel() for p in net.parameters()) == count
+            assert sum(p.numel() for p in net.parameters() if not p.requires_grad) == 105_344
+        assert sum(p.numel() for p in net.head.parameters()) == 1_400_908
+        for size, cells in (((321, 321), (41, 41)), ((505, 505), (64, 64)), ((256, 512), (33, 65)), ((512, 1024), (65, 129))):
+            x = torch.empty(2, 3, *size)
+            assert net.body(x).shape == (2, 2048, *cells) and net(x).shape == (2, 19, *size)
+        net = DeepLabV3Plus(21)
+        assert net(x).shape == (2, 21, 512, 1024) and net.body(x).shape == (2, 2048, 32, 64)
+        assert sum(p.numel() for p in net.body.parameters()) == 42_500_160
+
+
+@pytest.mark.parametrize("name", RESNETS)
+def test_deeplab_dilates_every_block_and_strides_on_the_first_1x1(name):
+    with torch.device("meta"):
+        net, other, plain = DeepLabResNet(name), DeepLabResNet(name, stride_on="3x3"), ResNet(name)
+        assert list(net.state_dict()) == list(plain.state_dict())
+    assert set(dilations(net.layer2)) == {1} and set(dilations(net.layer3)) == {2} and set(dilations(net.layer4)) == {4}
+    first, same = net.layer2[0], other.layer2[0]
+    strided = [n for n, m in first.named_children() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)]
+    assert strided == ["conv1"] and net.maxpool.ceil_mode and first.downsample[0].stride == (2, 2)
+    assert [n for n, m in same.named_children() if isinstance(m, nn.Conv2d) and m.stride == (2, 2)] == [
+        "conv2" if name in ("resnet50", "resnet101") else "conv1"]
+    for layer in (net.layer3, net.layer4):
+        assert all(m.stride == (1, 1) and m.padding[0] in (0, m.dilation[0]) for m in layer.modules() if isinstance(m, nn.Conv2d))
+    with torch.device("meta"):
+        for layers, channels in ((2, 128), (3, 256)):
+            assert DeepLabResNet("resnet18", layers)(torch.empty(1, 3, 96, 96)).shape == (1, channels, 13, 13)
+
+
+def test_aspp_sums_all_its_branches():
+    """The released code stops after two of the four: here every branch gets a gradient."""
+    torch.manual_seed(0)
+    head, x = ASPP(8, 3), torch.randn(2, 8, 9, 9)
+    slow = sum(nn.functional.conv2d(x, c.weight, c.bias, padding=r, dilation=r) for c, r in zip(head.branches, (6, 12, 18, 24)))
+    assert torch.equal(head(x), slow)
+    head(x).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in head.parameters()) and len(list(head.parameters())) == 8
+    assert ASPP(512, 64).branches[0].weight.std().item() == pytest.approx(0.01, rel=0.02)
+    assert len(ASPP(8, 3, (6, 12)).branches) == 2
+
+
+def test_upsampling_maps_corners_to_corners():
+    x = torch.rand(1, 1, 3, 5)
+    up = upsample(x, (9, 17))  # 4 pixels to a cell
+    assert torch.allclose(up[..., ::4, ::4], x, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [lambda bn: DeepLabV2(3, "resnet18", bn=bn), lambda bn: DeepLabV3Plus(3, "resnet18", bn=bn)])
+def test_policies_of_batch_normalisation(make):
+    """frozen: statistics and affine fixed even in train mode. affine: batch statistics. learn: ordinary."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 3, 33, 33)
+    for policy, statistics, affine in (("frozen", False, False), ("affine", True, False), ("learn", True, True)):
+        net = make(policy).eval().train()
+        norm, before = net.body.bn1, net.body.bn1.running_mean.clone()
+        net(x).square().sum().backward()
+        assert norm.training == statistics == (not torch.equal(norm.running_mean, before)), policy
+        assert (norm.weight.grad is not None) == affine == norm.weight.requires_grad, policy
+        assert net.body.conv1.weight.grad is not None
+    with pytest.raises(ValueError, match="frozen, affine or learn"):
+        hold_bn(net, "eval")
 
 
 def test_psp_pools_projects_and_concatenates():
@@ -229,6 +298,12 @@ def test_poly_set_lr_and_ema():
     for _ in range(4):
         update_ema(teacher, student, 0.9)
     assert torch.allclose(teacher.weight, torch.full((2,), 3 + (1 - 3) * 0.9 ** 4)) and (teacher.running_mean == 7).all()
+    student.running_mean += 1
+    student.num_batches_tracked += 5
+    update_ema(teacher, student, 0.9, buffers="keep")
+    assert (teacher.running_mean == 7).all() and teacher.num_batches_tracked == 0
+    update_ema(teacher, student, 0.9, buffers="ema")
+    assert torch.allclose(teacher.running_mean, torch.full((2,), 7.1)) and teacher.num_batches_tracked == 5
 
 
 def test_global_mean_of_nothing_is_zero_with_a_graph():
