@@ -13,6 +13,8 @@ import torch
 from common.pictures import line_plot, short
 from common.settings import UserError
 
+PANELS = {"losses": "loss", "mIoU": ("miou", "best"), "weights and learning rates": ("w_", "lr")}  # title: columns
+
 
 def _read_csv(path):
     """(columns, rows as dicts of strings) of a log.csv. A last line cut short by a kill is dropped."""
@@ -122,17 +124,16 @@ class Log:
             print(("\r\x1b[K" if self._line_open else "") + text, flush=True)
             self._line_open = False
 
-    def curves(self):
-        """Write curves.png from log.csv: losses, mIoU and, if they are logged, weights and learning rates."""
+    def curves(self, panels=PANELS):
+        """Write curves.png from log.csv: the columns that begin with a panel's words, for every panel that has some."""
         if not self.main:
             return
         columns, rows = _read_csv(self._path)
-        panels = {"losses": "loss", "mIoU": ("miou", "best"), "weights and learning rates": ("w_", "lr")}
         series = {name: [(int(row["step"]), float(row[name])) for row in rows if row[name]]
                   for name in columns}
         panels = [(title, {name: series[name] for name in columns if name.startswith(starts)})
                   for title, starts in panels.items()]
-        line_plot(panels if panels[2][1] else panels[:2], self.folder / "curves.png")
+        line_plot([panel for panel in panels if panel[1]] or panels[:1], self.folder / "curves.png")
 
     def close(self):
         """End the progress line and TensorBoard's file. Does not flush: safe after any exception."""

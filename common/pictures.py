@@ -64,36 +64,38 @@ def _cell_size(height, width):
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
-def prediction_panel(rows, palette, names):
+def prediction_panel(rows, palette, names, titles=("image", "truth", "prediction")):
     """One row per example in the columns image | truth | prediction, and the colours of all classes below.
 
     rows: list of (image uint8 [H, W, 3], truth int [H, W], prediction int [H, W]); sizes may differ per row.
+    titles: of the columns; with others, a row has as many label maps, in their order.
     palette: uint8 [C, 3]; names: C strings. Label maps are resized by nearest neighbour: every colour shown
     is a class's own, or VOID where the truth is 255. Returns a PIL image.
     """
     title, label = ImageFont.load_default(18), ImageFont.load_default(15)
-    sizes = [_cell_size(*image.shape[:2]) for image, _, _ in rows]
+    sizes = [_cell_size(*image.shape[:2]) for image, *_ in rows]
     column = max([140, *(width for width, _ in sizes)])
     entries = [(name, tuple(int(v) for v in rgb)) for name, rgb in zip(names, palette, strict=True)]
-    if any((np.asarray(truth) == 255).any() for _, truth, _ in rows):
+    if any((np.asarray(ids) == 255).any() for _, *maps in rows for ids in maps):
         entries.append(("ignored", VOID))
 
     entry = math.ceil(max(label.getlength(name) for name, _ in entries)) + 46  # swatch, name and space
-    width = max(3 * column + 4 * GAP, entry + GAP)
+    across = len(titles) * (column + GAP) - GAP
+    width = max(across + 2 * GAP, entry + GAP)
     lines = math.ceil(len(entries) / ((width - GAP) // entry))
     top = 18 + 2 * GAP
     legend = top + sum(height + GAP for _, height in sizes) + GAP
     panel = Image.new("RGB", (width, legend + lines * LINE + GAP), "white")
     draw, y = ImageDraw.Draw(panel), top
 
-    lefts = [(width - 3 * column - 2 * GAP) // 2 + i * (column + GAP) for i in range(3)]
-    for x, text in zip(lefts, ("image", "truth", "prediction")):
+    lefts = [(width - across) // 2 + i * (column + GAP) for i in range(len(titles))]
+    for x, text in zip(lefts, titles):
         draw.text((x + column // 2, top // 2), text, INK, title, anchor="mm")
-    for (image, truth, prediction), size in zip(rows, sizes):
+    for (image, *maps), size in zip(rows, sizes):
         nearest, shrunk = Image.Resampling.NEAREST, size[0] < image.shape[1]
         cells = [Image.fromarray(image).resize(size, Image.Resampling.LANCZOS if shrunk else nearest)]
-        cells += [Image.fromarray(colour(ids, palette)).resize(size, nearest) for ids in (truth, prediction)]
-        for x, cell in zip(lefts, cells):
+        cells += [Image.fromarray(colour(ids, palette)).resize(size, nearest) for ids in maps]
+        for x, cell in zip(lefts, cells, strict=True):
             panel.paste(cell, (x + (column - size[0]) // 2, y))
         y += size[1] + GAP
     for i, (name, rgb) in enumerate(entries):  # down its columns, as one reads a list
@@ -172,7 +174,7 @@ def _draw_series(draw, pixels, rgb):
         run = []
 
 
-def line_plot(panels, path):
+def line_plot(panels, path, x_label="step"):
     """Write a PNG with one line plot per panel, stacked, on equal step axes.
 
     panels: list of (title, {series name: [(step, value), ...]}); values that are not finite leave a gap. A
@@ -207,7 +209,7 @@ def line_plot(panels, path):
             y = 2 * round(at(x_low, tick)[1] / 2)  # a whole pixel, or it would be smeared over two
             draw.line((left, y, right, y), FAINT, 2)
             draw.text((left - 16, y), word, GREY, label, anchor="rm")
-        for tick, word in _ticks(x_low, x_high, min(8, x_high - x_low)):
+        for tick, word in _ticks(x_low, x_high, min(8, x_high - x_low) if x_label == "step" else 8):
             x = 2 * round(at(tick, low)[0] / 2)
             draw.line((x, top, x, bottom), FAINT, 2)
             draw.text((x, bottom + 16), word, GREY, label, anchor="mt")
@@ -222,5 +224,5 @@ def line_plot(panels, path):
             middle = (left + right) / 2, top + height * 0.7
             draw.text(middle, "nothing to show yet", GREY, label, anchor="mm")
         bottom += BELOW
-    draw.text((right, bottom), "step", GREY, label, anchor="rt")
+    draw.text((right, bottom), x_label, GREY, label, anchor="rt")
     _save(picture.reduce(2), path)

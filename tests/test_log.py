@@ -388,7 +388,9 @@ def test_curves_have_the_right_columns(tmp_path, monkeypatch):
     three = [("losses", {"loss": [(2, 2.0), (4, 3.0)], "loss_u": [(2, 0.5), (4, 0.5)]}), two[1],
              ("weights and learning rates", {"w_u": [(4, 3.0)], "lr_heads": [(4, 0.1)]})]
     path = tmp_path / "curves.png"
-    assert plots == [([("losses", {}), ("mIoU", {})], path), (two, path), (three, path)]
+    assert plots == [([("losses", {})], path), (two, path), (three, path)]
+    log.curves({"certainty": "conf", "absent": "zz"})
+    assert plots[-1][0] == [("certainty", {"confidence": [(2, 0.9), (4, 0.9)]})]
 
 
 def test_curves_are_drawn(tmp_path):

@@ -104,6 +104,22 @@ def test_panel_shows_image_truth_and_prediction_side_by_side():
     assert row == 1
 
 
+def test_a_panel_may_have_other_columns(monkeypatch):
+    texts, draw_text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
+                        lambda self, xy, text, *rest, **words: (texts.append(text), draw_text(self, xy, text, *rest, **words)))
+    image, maps = np.full((64, 64, 3), (20, 160, 60), np.uint8), [np.full((64, 64), k) for k in (0, 1, 2, 1)]
+    titles = ["image", "Stage 1", "Stage 2", "Stage 3", "truth"]
+    panel = np.array(prediction_panel([(image, *maps)], PALETTE, ["a", "b", "c"], titles))
+    assert texts == [*titles, "a", "b", "c"]
+    (left, top, right, bottom), = blocks(panel, (20, 160, 60))
+    for k, ids in enumerate(maps, 1):
+        x = k * (256 + pictures.GAP)
+        assert (panel[top:bottom, left + x:right + x] == PALETTE[ids[0, 0]]).all()
+    with pytest.raises(ValueError):
+        prediction_panel([(image, *maps[:2])], PALETTE, ["a", "b", "c"], titles)
+
+
 def test_shrunk_label_maps_show_no_colour_but_the_classes():
     rng = np.random.RandomState(0)
     ids = rng.randint(0, 3, (700, 900))
@@ -174,6 +190,14 @@ def test_line_plot_draws_rising_and_falling_series_in_their_colours(tmp_path):
         columns, rows = drawn(area, i)
         assert len(columns) > 300 and np.corrcoef(columns, rows)[0, 1] * sign > 0.99
         assert columns.min() < 10 and columns.max() > area.shape[1] - 10
+
+
+def test_the_x_axis_may_be_no_step(tmp_path, monkeypatch):
+    texts, draw_text = [], ImageDraw.ImageDraw.text
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
+                        lambda self, xy, text, *rest, **words: (texts.append(text), draw_text(self, xy, text, *rest, **words)))
+    line_plot([("roc", {"a": [(0.0, 0.0), (0.3, 1.0), (1.0, 1.0)]})], tmp_path / "roc.png", "false positive rate")
+    assert "false positive rate" in texts and "step" not in texts and texts.count("0.4") == 2  # on both axes
 
 
 def test_a_value_is_drawn_at_its_place(tmp_path):
