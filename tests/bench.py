@@ -1,11 +1,12 @@
-"""Benchmark of the real training command: speed, peak memory and data wait, printed as the README's table.
+"""Benchmark of the real training commands: speed, peak memory and data wait, printed as the README's table.
 
-    python tests/bench.py                                   # ResNet-50, 2+2 images of 320x320 and 160x160, fp32
+    python tests/bench.py                                   # cct.py, ResNet-50, 2+2 images of 320x320 and 160x160, fp32
+    python tests/bench.py --script s4gan_mlmt.py --backbone resnet101 --size 321
     python tests/bench.py --images 20 --size 320 --precision bf16 fp32 --steps 60 --workers 4
 
 Each row runs the script in a process of its own on random images of 21 classes, reads its log.csv (first interval left
 out), and its peak memory from the system (the process's largest resident set on the CPU, allocated memory on CUDA).
-The semi-supervised row and the supervised one below it train on the same number of images per step.
+The semi-supervised row and the supervised one train the network on the same number of images per step.
 """
 import argparse
 import csv
@@ -19,6 +20,13 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {  # flags of a script, of its semi-supervised step on N images (half of them unlabelled), of the supervised one
+    "cct.py": ("--decoder-init icnr --long-side {size} --scale 1 1", "--batch {half}", "--batch {images}"),
+    "s4gan_mlmt.py": ("--branch s4gan --scale 1 1 --bn affine", "--batch {half}", "--batch {images}"),
+    "c3_semiseg.py": ("--long-side {size} --scales 1 1 1 --bn frozen --groups 1", "--batch {half} --burn-in 0",
+                      "--batch {images}"),
+    "three_stage.py": ("--scale 1 1 --bn frozen --batch {images}", "--stages 2 --masks {root}/masks", "--stages 1"),
+}
 
 
 def make_data(root, size, count=24, classes=21):
@@ -34,8 +42,8 @@ def make_data(root, size, count=24, classes=21):
     (root / "classes.txt").write_text("".join(f"class{c}\n" for c in range(classes)))
 
 
-def measure(script, flags, steps, every):
-    """Run the script. -> dict of seconds per step, images/s, data-wait share and peak memory in GB"""
+def measure(script, flags, steps, every, images):
+    """Run the script, whose steps read so many images. -> dict of steps per second, data-wait share and peak memory in GB"""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, script, *map(str, flags), "--steps", str(steps), "--log-every", str(every),
                    "--save-every", str(10 ** 9), "--eval-every", str(10 ** 9), "--out", f"{folder}/run"]
@@ -47,15 +55,15 @@ def measure(script, flags, steps, every):
                 raise SystemExit(f"{' '.join(command)}\n{output.read()}")
         with open(f"{folder}/run/log.csv") as file:
             rows = [row for row in csv.DictReader(file) if row["images_per_s"]][1:]
-    speed = len(rows) / sum(1 / float(row["images_per_s"]) for row in rows)
+    steps_per_s = len(rows) / sum(images / float(row["images_per_s"]) for row in rows)
     gpu = [float(row["gpu_gb"]) for row in rows if row["gpu_gb"]]
-    return dict(images_per_s=speed, wait=sum(float(row["data_wait"]) for row in rows) / len(rows),
+    return dict(steps_per_s=steps_per_s, wait=sum(float(row["data_wait"]) for row in rows) / len(rows),
                 gb=max(gpu) if gpu else usage.ru_maxrss / 2 ** 20)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--script", default="cct.py")
+    parser.add_argument("--script", default="cct.py", choices=SCRIPTS)
     parser.add_argument("--size", type=int, nargs="+", default=[320, 160], help="side of the square images")
     parser.add_argument("--images", type=int, default=4, help="images per step, half of them unlabelled")
     parser.add_argument("--backbone", default="resnet50")
@@ -69,18 +77,21 @@ def main():
     print("| script | images x size | precision | images/s | steps/s | peak GB | data wait | step time, times supervised |")
     print("|--|--|--|--|--|--|--|--|")
     for size in args.size:
-        with tempfile.TemporaryDirectory() as folder:
-            make_data(Path(folder), size)
+        with tempfile.TemporaryDirectory() as root:
+            make_data(Path(root), size)
+            common, semi, supervised = (text.format(size=size, images=args.images, half=args.images // 2, root=root).split()
+                                        for text in SCRIPTS[args.script])
             for precision in args.precision:
-                flags = ["--data", "folder", "--root", folder, "--labeled", "12", "--weights", "none", "--decoder-init",
-                         "icnr", "--long-side", size, "--scale", 1, 1, "--crop", size, "--backbone", args.backbone,
-                         "--precision", precision, "--device", args.device, "--workers", args.workers, *args.extra]
-                supervised = measure(args.script, [*flags, "--batch", args.images, "--supervised"], args.steps, every)
-                semi = measure(args.script, [*flags, "--batch", args.images // 2], args.steps, every)
-                for name, row in ((args.script, semi), (f"{args.script} --supervised", supervised)):
-                    print(f"| {name} | {args.images} x {size} | {precision} | {row['images_per_s']:.2f} | "
-                          f"{row['images_per_s'] / args.images:.3f} | {row['gb']:.2f} | {100 * row['wait']:.0f}% | "
-                          f"{supervised['images_per_s'] / row['images_per_s']:.2f} |", flush=True)
+                flags = ["--data", "folder", "--root", root, "--labeled", 12, "--weights", "none", "--crop", size, "--backbone",
+                         args.backbone, "--precision", precision, "--device", args.device, "--workers", args.workers,
+                         *common, *args.extra]
+                read = args.images * 3 // 2 if args.script == "s4gan_mlmt.py" else args.images  # D sees other true maps
+                baseline = measure(args.script, [*flags, *supervised, "--supervised"], args.steps, every, args.images)
+                method = measure(args.script, [*flags, *semi], args.steps, every, read)
+                for name, row in ((args.script, method), (f"{args.script} --supervised", baseline)):
+                    print(f"| {name} | {args.images} x {size} | {precision} | {args.images * row['steps_per_s']:.2f} | "
+                          f"{row['steps_per_s']:.3f} | {row['gb']:.2f} | {100 * row['wait']:.0f}% | "
+                          f"{baseline['steps_per_s'] / row['steps_per_s']:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
