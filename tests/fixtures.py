@@ -196,6 +196,88 @@ def make_camvid(root, test=True, lists=True):
     return root
 
 
+SUN = {"train": 6, "test": 2}
+SUN_37_TO_13 = (0, 12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5, 7, 3, 2, 6, 11, 7, 7, 7,
+                7, 7, 7, 6, 7, 7, 7, 7, 7)  # labels of the 37 -> labels of the 13; 0 is void
+
+
+def make_sunrgbd(root, kinds=(37, 13), renumbered=False):
+    """SUN RGB-D: 6 train, 2 test images, each of a size of its own; the first row of a mask of 37 holds all.
+    kinds: the masks that are there. As the archives unpack, or (renumbered) image/, label37/, label13/."""
+    root, rng = Path(root), np.random.default_rng(7)
+    for split, number in SUN.items():
+        for k in range(1, number + 1):
+            size = (44 + 4 * k, 60 + 3 * k) if split == "train" else (64 + k, 80 - k)
+            mask = blocks(rng, size, (1, 5, 2, 12, 37), void=0)
+            mask[0] = np.arange(size[1]) % 38
+            images = f"image/{split}" if renumbered else f"SUNRGBD-{split}_images"
+            save_picture(root / images / f"img-{k:06d}.jpg", picture_of(rng, mask))
+            of_37 = f"sunrgbd_train_test_labels/img-{k + 5050 * (split == 'train'):06d}"
+            if 37 in kinds:
+                save_gray(root / f"{f'label37/{split}/{k:08d}' if renumbered else of_37}.png", mask)
+            if 13 in kinds:
+                of_13 = f"label13/{split}" if renumbered else f"{split}13labels"
+                save_gray(root / of_13 / f"img13labels-{k:06d}.png", np.array(SUN_37_TO_13)[mask])
+    return root
+
+
+PCONTEXT = {"train": [f"2008_{number:06d}" for number in (8, 15, 19, 23, 26, 28)],
+            "val": [f"2008_{number:06d}" for number in (2, 3)]}
+PCONTEXT_ROW = {360: 50, 2: 1, 397: 11, 19: 52, 431: 0, 1: 0, 0: 0, 459: 0}  # stored -> class, official order
+PCONTEXT_SORTED = {50: 47, 1: 1, 11: 50, 52: 4, 0: 0}                        # class -> class, sorted order
+
+
+def make_pcontext(root, pngs=False):
+    """PASCAL-Context on VOC 2010, 6 train, 2 val images: the release's trainval/*.mat, LabelMap of several
+    types; or (pngs) SegmentationClassContext in sorted order. The first row of a mask holds PCONTEXT_ROW in turn."""
+    root, rng = Path(root), np.random.default_rng(8)
+    voc, row = root / "VOCdevkit/VOC2010", np.array([*PCONTEXT_ROW])
+    for split, keys in PCONTEXT.items():
+        for k, key in enumerate(keys):
+            mask = row[blocks(rng, SIZES[k % 4], range(5))]
+            mask[0] = row[np.arange(mask.shape[1]) % len(row)]
+            save_picture(voc / f"JPEGImages/{key}.jpg", picture_of(rng, mask % 256))
+            if pngs:
+                sorted_order = np.vectorize(lambda stored: PCONTEXT_SORTED[PCONTEXT_ROW[stored]])(mask)
+                save_gray(voc / f"SegmentationClassContext/{key}.png", sorted_order)
+            else:
+                (root / "trainval").mkdir(exist_ok=True)
+                kind = (np.uint16, np.float64, np.int32)[k % 3]
+                scipy.io.savemat(root / f"trainval/{key}.mat", {"LabelMap": mask.astype(kind)})
+        save_lines(voc / f"ImageSets/Main/{split}.txt", keys)
+        save_lines(voc / f"ImageSets/Main/aeroplane_{split}.txt", [f"{key} -1" for key in keys])
+    if pngs:
+        save_lines(voc / "SegmentationClassContext/order.txt", ["sorted"])
+    return root
+
+
+BDD = {"train": ["0004a4c0-d4dff0ad", "13e7e580-68BC1FE2", "00054602-3bf57337", "0a0a0b1a-27d9fd72",
+                 "4c1681b2-2D75E377", "7a0ba9d4-c36faa51"],
+       "val": ["7d06fefd-f7be05a6", "b1c66a42-6f7d68ca"], "test": ["ff55861e-a06b953c"]}
+
+
+def make_bdd100k(root, old=False):
+    """BDD100K's 10k images at 72x128: 6 train, 2 val, 1 test; the first row of a mask holds 0..18 and 255,
+    but the mask of the last training image is 255 everywhere. old: the layout seg/, with colours in the way."""
+    root, rng = Path(root), np.random.default_rng(9)
+    for split, keys in BDD.items():
+        for key in keys:
+            mask = blocks(rng, (72, 128), (0, 2, 8, 10, 13), void=255)
+            mask[0] = [*range(19), 255] * 6 + [0] * 8
+            images = root / "bdd100k" / ("seg/images" if old else "images/10k")
+            save_picture(images / f"{split}/{key}.jpg", picture_of(rng, mask))
+            if key == BDD["train"][-1]:
+                mask[:] = 255
+            labels = root / "bdd100k" / ("seg/labels" if old else "labels/sem_seg")
+            if split != "test" and old:
+                save_gray(labels / f"{split}/{key}_train_id.png", mask)
+                save_picture(labels / f"{split}/{key}_train_color.png", picture_of(rng, mask))
+            elif split != "test":
+                save_gray(labels / f"masks/{split}/{key}.png", mask)
+                save_picture(labels / f"colormaps/{split}/{key}.png", picture_of(rng, mask))
+    return root
+
+
 def make_folder(root, n_train=6, n_val=2, n_unlabeled=3,
                 classes=("ground", "tall tree 0 128 0", "car", "sky 70 130 180")):
     """A user's own data: .jpg and .png images, one in a sub-folder; gray and palette masks with some 255."""

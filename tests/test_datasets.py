@@ -20,12 +20,16 @@ from common import datasets
 from common.datasets import (CAMVID_CLASSES, DATASETS, SegmentationData, Split, choose_labelled, identity,
                              open_dataset, read_split, voc_palette, write_split)
 from common.settings import UserError
-from fixtures import (CAMVID, CITY_TRAIN, CITY_VAL, SBD_ONLY, VOC_TRAIN, VOC_VAL, add_junk, make_aug,
-                      make_camvid, make_cityscapes, make_folder, make_sbd, make_voc, save_gray, save_lines,
+from fixtures import (BDD, CAMVID, CITY_TRAIN, CITY_VAL, PCONTEXT, PCONTEXT_ROW, SBD_ONLY, SUN_37_TO_13,
+                      VOC_TRAIN, VOC_VAL, add_junk, make_aug, make_bdd100k, make_camvid, make_cityscapes,
+                      make_folder, make_pcontext, make_sbd, make_sunrgbd, make_voc, save_gray, save_lines,
                       save_low_bit_gray, save_palette, save_picture)
 
-MAKERS = {"voc": make_sbd, "cityscapes": make_cityscapes, "camvid": make_camvid, "folder": make_folder}
-OWN = {"voc": "VOCdevkit/VOC2012", "cityscapes": "", "camvid": "CamVid", "folder": ""}
+MAKERS = {"voc": make_sbd, "cityscapes": make_cityscapes, "camvid": make_camvid, "sunrgbd": make_sunrgbd,
+          "sunrgbd13": make_sunrgbd, "pcontext": make_pcontext, "pcontext59": make_pcontext,
+          "bdd100k": make_bdd100k, "folder": make_folder}
+OWN = {"voc": "VOCdevkit/VOC2012", "camvid": "CamVid", "pcontext": "VOCdevkit/VOC2010",
+       "pcontext59": "VOCdevkit/VOC2010", "bdd100k": "bdd100k"}
 
 
 def at(split, key):
@@ -47,7 +51,8 @@ def error_of(function, *arguments):
 @pytest.mark.parametrize("name", MAKERS)
 def test_interface(tmp_path, name):
     data = open_dataset(name, MAKERS[name](tmp_path))
-    assert data.name == name and data.scored_on == ("test" if name == "camvid" else "val")
+    assert data.name == name
+    assert data.scored_on == ("test" if name in ("camvid", "sunrgbd", "sunrgbd13") else "val")
     assert data.palette.shape == (len(data.classes), 3) and data.palette.dtype == np.uint8
     allowed, seen = {*range(len(data.classes)), 255}, set()
     for split in (data.train, data.val):
@@ -61,7 +66,7 @@ def test_interface(tmp_path, name):
                 assert set(np.unique(mask).tolist()) <= allowed
                 seen |= set(np.unique(mask).tolist())
     assert len(masked(data.train)) >= 4 and len(masked(data.val)) == len(data.val)
-    assert 255 in seen and len(seen) >= 4
+    assert (255 in seen) == (name != "pcontext") and len(seen) >= 4
     labelled, unlabelled = choose_labelled(data, "4", "", 0)
     assert len(labelled) == 4 and len(unlabelled) >= 2
 
@@ -69,7 +74,7 @@ def test_interface(tmp_path, name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_root_may_be_the_own_folder_or_its_parent(tmp_path, name):
     root = MAKERS[name](tmp_path)
-    from_parent, own = open_dataset(name, str(root)), open_dataset(name, root / OWN[name])
+    from_parent, own = open_dataset(name, str(root)), open_dataset(name, root / OWN.get(name, ""))
     assert own.train.keys == from_parent.train.keys and own.val.keys == from_parent.val.keys
     assert masked(own.train) == masked(from_parent.train)
 
@@ -93,10 +98,10 @@ def test_sbd_root_forms(tmp_path, place, root):
     assert len(open_dataset("voc", tmp_path / root).train) == 10
 
 
-@pytest.mark.parametrize("name", ["voc", "cityscapes", "camvid", "folder"])
+@pytest.mark.parametrize("name", MAKERS)
 def test_missing_root_shows_layout_and_source(tmp_path, name):
     message = error_of(open_dataset, name, tmp_path / "nowhere")
-    assert str(tmp_path / "nowhere") in message and datasets.LAYOUTS[name][0] in message
+    assert f"{tmp_path / 'nowhere'}: no {name} there" in message and datasets.LAYOUTS[name][0] in message
     assert datasets.LAYOUTS[name][1] in message and len(message.splitlines()) <= 8
 
 
@@ -110,13 +115,14 @@ def test_unknown_dataset_and_shapes(tmp_path):
     assert choose_labelled(shapes, "all", tmp_path / "list.txt", 0)[0] == [0, 1, 2]
 
 
-def test_opening_reads_no_picture_and_unlabelled_streams_no_mask(tmp_path):
-    data = open_dataset("voc", make_sbd(tmp_path))
-    masks = [path for split in (data.train, data.val) for path in split.masks]
+@pytest.mark.parametrize("name", MAKERS)
+def test_opening_reads_no_picture_and_unlabelled_streams_no_mask(tmp_path, name):
+    data = open_dataset(name, MAKERS[name](tmp_path))
+    masks = [path for split in (data.train, data.val) for path in split.masks if path]
     for path in masks + data.val.images:
         with open(path, "wb") as file:
             file.write(b"poison")
-    data = open_dataset("voc", tmp_path)
+    data = open_dataset(name, tmp_path)
     labelled, unlabelled = choose_labelled(data, "4", "", 0)
     for path in masks:
         os.remove(path)
@@ -312,7 +318,7 @@ def test_download_calls_torchvision_classes(tmp_path, monkeypatch):
     assert len(open_dataset("voc", tmp_path / "data").train) == 6  # VOC is complete and stays
 
 
-@pytest.mark.parametrize("name", ["shapes", "cityscapes", "camvid", "folder"])
+@pytest.mark.parametrize("name", sorted({*DATASETS} - {"voc"}))
 def test_nothing_but_voc_is_downloaded(tmp_path, name):
     message = error_of(open_dataset, name, tmp_path, True)
     assert "--download" in message and datasets.LAYOUTS[name][1] in message
@@ -424,6 +430,220 @@ def test_real_camvid():
     share = 100 * pixels / pixels.sum()
     published = [16.845, 23.259, 0.983, 31.658, 4.486, 9.724, 1.173, 1.127, 5.866, 0.639, 0.292]
     assert np.allclose(share[:11], published, atol=6e-4) and abs(share[255] - 3.948) < 6e-4
+
+
+# ---- SUN RGB-D
+
+@pytest.mark.parametrize("renumbered", [False, True])
+def test_sunrgbd_pairs_and_classes(tmp_path, renumbered):
+    """Each image has a size of its own, so that a mask of another image would be refused."""
+    root = make_sunrgbd(tmp_path, renumbered=renumbered)
+    fine, coarse = open_dataset("sunrgbd", root), open_dataset("sunrgbd13", root)
+    assert fine.train.keys == coarse.train.keys == [f"train/{k:06d}" for k in range(1, 7)]
+    assert fine.val.keys == ["test/000001", "test/000002"] and fine.scored_on == "test"
+    assert fine.train.mask(2)[0, :38].tolist() == [255, *range(37)]
+    expected = [255, *(label - 1 for label in SUN_37_TO_13[1:])]
+    assert coarse.val.mask(1)[0, :38].tolist() == expected
+    assert "img13labels" in coarse.train.masks[0] and "img13labels" not in fine.train.masks[0]
+    for name, labels in (("train", fine.train), ("val", fine.val)):
+        for i in range(len(labels)):
+            derived = np.array(expected[1:] + [255] * 219)[labels.mask(i)]
+            assert np.array_equal(getattr(coarse, name).mask(i), derived)
+    assert len(fine.classes) == 37 and (fine.classes[0], fine.classes[36]) == ("wall", "bag")
+    assert coarse.classes[0] == "bed" and coarse.classes[12] == "window" and len(coarse.classes) == 13
+    assert fine.palette[[0, 30, 36]].tolist() == [[119, 119, 119], [170, 0, 59], [12, 83, 45]]
+    assert coarse.palette[[0, 11]].tolist() == [[0, 0, 255], [249, 139, 0]]
+    assert len(np.unique(fine.palette, axis=0)) == 37 and len(np.unique(coarse.palette, axis=0)) == 13
+
+
+def test_sunrgbd_13_classes_are_derived_from_37(tmp_path):
+    files, derived = (open_dataset("sunrgbd13", make_sunrgbd(tmp_path / str(kinds), kinds))
+                      for kinds in ((37, 13), (37,)))
+    assert "img-005051" in derived.train.masks[0] and "img13labels" in files.train.masks[0]
+    for split in ("train", "val"):
+        for i in range(len(getattr(files, split))):
+            assert np.array_equal(getattr(files, split).mask(i), getattr(derived, split).mask(i))
+    root = make_sunrgbd(tmp_path / "13", (13,))
+    assert len(masked(open_dataset("sunrgbd13", root).train)) == 6
+    assert "2 of 2 test images have no mask" in error_of(open_dataset, "sunrgbd", root)
+
+
+@pytest.mark.parametrize("first", [1, 5051])
+def test_sunrgbd_offset_in_a_train_folder_of_its_own(tmp_path, first):
+    root = make_sunrgbd(tmp_path / "SUNRGBD", (37,))
+    usual = open_dataset("sunrgbd", tmp_path).train
+    before = [usual.mask(i) for i in range(6)]
+    for split, number in (("train", 6), ("test", 2)):
+        (root / "labels" / split).mkdir(parents=True)
+        for k in range(1, number + 1):
+            stored = f"img-{k + 5050 * (split == 'train'):06d}.png"
+            moved = f"img-{k + first - 1 if split == 'train' else k:06d}.png"
+            os.rename(root / "sunrgbd_train_test_labels" / stored, root / "labels" / split / moved)
+    (root / "sunrgbd_train_test_labels").rmdir()
+    data = open_dataset("sunrgbd", tmp_path)
+    assert data.train.masks[0].endswith(f"labels/train/img-{first:06d}.png")
+    assert all(np.array_equal(data.train.mask(i), before[i]) for i in range(6))
+    os.remove(data.train.masks[3])
+    assert masked(open_dataset("sunrgbd", tmp_path).train) == [0, 1, 2, 4, 5]
+
+
+def test_sunrgbd_wrong_values(tmp_path):
+    root = make_sunrgbd(tmp_path)
+    fine, coarse = open_dataset("sunrgbd", root), open_dataset("sunrgbd13", root)
+    labels = fine.train.mask(0)
+    save_gray(Path(fine.train.masks[0]), labels)
+    message = error_of(fine.train.mask, 0)
+    assert fine.train.masks[0] in message and "values 255, but only 0..37 are" in message
+    assert "shifted already" in message
+    labels[labels == 255] = 0
+    save_gray(Path(coarse.train.masks[0]), labels)
+    message = error_of(coarse.train.mask, 0)
+    assert "values 14, 15, 16, .., but only 0..13 are" in message and "labels of 37 classes" in message
+    save_gray(Path(fine.train.masks[0]), np.zeros((9, 9)))
+    assert "must have one size" in error_of(fine.train.mask, 0)
+
+
+# ---- PASCAL-Context
+
+CONTEXT_TO_SORTED = [int(word) for word in """1 6 7 8 10 12 14 15 17 20 50 23 31 34 37 40 43 49 52 55 2 3 5 9 11 13
+    16 18 19 21 24 25 26 27 28 29 30 32 33 35 36 22 39 46 38 41 42 44 45 47 48 4 51 53 54 56 57 58 59""".split()]
+
+
+@pytest.mark.parametrize("pngs", [False, True])
+def test_pcontext_classes(tmp_path, pngs):
+    root = make_pcontext(tmp_path, pngs)
+    data, without = open_dataset("pcontext", root), open_dataset("pcontext59", root)
+    assert data.train.keys == without.train.keys == PCONTEXT["train"] and data.val.keys == PCONTEXT["val"]
+    assert data.train.masks[0].endswith(".png" if pngs else ".mat")
+    expected = [*PCONTEXT_ROW.values()]
+    for i in range(6):  # the numbers of sky, aeroplane, table, bedclothes, unknown, another, none, another
+        mask = data.train.mask(i)
+        assert mask[0, :8].tolist() == expected == [50, 1, 11, 52, 0, 0, 0, 0] and mask.dtype == np.uint8
+        assert np.array_equal(without.train.mask(i), np.where(mask > 0, mask.astype(int) - 1, 255))
+    assert len(data.classes) == 60 and data.classes[1:] == without.classes and len(set(data.classes)) == 60
+    assert [data.classes[k] for k in (0, 1, 11, 20, 21, 50, 52, 59)] == [
+        "background", "aeroplane", "table", "tvmonitor", "bag", "sky", "bedclothes", "wood"]
+    assert np.array_equal(data.palette, voc_palette()[:60])
+    assert np.array_equal(without.palette, voc_palette()[1:60])
+    assert "pcontext: background is one of the 60 classes" in data.notes
+    assert "pcontext59: background is ignored" in without.notes
+    assert [note.split(":")[0] for note in data.notes[1:]] == ["pcontext train", "pcontext val"]
+
+
+def test_pcontext_every_number_of_the_459(tmp_path):
+    """An image of 20x23 pixels holds the numbers 0..459 in turn."""
+    data = open_dataset("pcontext", make_pcontext(tmp_path))
+    save_picture(Path(data.train.images[0]), np.zeros((20, 23, 3), np.uint8))
+    scipy.io.savemat(data.train.masks[0], {"LabelMap": np.arange(460).reshape(20, 23)})
+    mask = data.train.mask(0).ravel()
+    names = {"sky": 360, "person": 284, "bag": 9, "bedclothes": 19, "cloth": 80, "curtain": 105, "wood": 458}
+    assert all(data.classes[mask[number]] == name for name, number in names.items())
+    assert sorted(mask[mask > 0]) == list(range(1, 60)) and (mask == 0).sum() == 460 - 59
+    alphabetical = mask[mask > 0].tolist()  # by their numbers among the 459
+    assert [alphabetical.index(k) + 1 for k in range(1, 60)] == CONTEXT_TO_SORTED
+
+
+@pytest.mark.parametrize("order", ["official", "sorted"])
+def test_pcontext_order_of_pngs_has_to_be_stated(tmp_path, order):
+    root = make_pcontext(tmp_path, pngs=True)
+    file = root / "VOCdevkit/VOC2010/SegmentationClassContext/order.txt"
+    save_lines(file, [order])
+    data, without = open_dataset("pcontext", root), open_dataset("pcontext59", root)
+    save_picture(Path(data.train.images[0]), np.zeros((3, 20, 3), np.uint8))
+    save_gray(Path(data.train.masks[0]), np.arange(60).reshape(3, 20))
+    mask = data.train.mask(0).ravel().tolist()
+    stored = list(range(1, 60)) if order == "official" else CONTEXT_TO_SORTED
+    assert [mask[k] for k in stored] == list(range(1, 60)) and mask[0] == 0
+    assert without.train.mask(0).ravel().tolist() == [255, *(k - 1 for k in mask[1:])]
+    save_gray(Path(data.train.masks[0]), np.full((3, 20), 60))
+    assert "values 60, but only 0..59 and 255" in error_of(without.train.mask, 0)
+    for lines in (None, [], ["alphabetical"], ["official", "sorted"]):
+        os.remove(file) if lines is None else save_lines(file, lines)
+        message = error_of(open_dataset, "pcontext", root)
+        assert str(file) in message and "official (1 aeroplane, 2 bicycle" in message
+        assert f"found {lines or []}" in message
+    make_pcontext(root)  # now the .mat files, which need no word
+    assert open_dataset("pcontext", root).train.masks[0].endswith(".mat")
+
+
+def test_pcontext_lists(tmp_path):
+    root = make_pcontext(tmp_path, pngs=True)
+    lists = root / "VOCdevkit/VOC2010/ImageSets"
+    for split, keys in PCONTEXT.items():
+        save_lines(lists / f"SegmentationContext/{split}.txt", keys[:-1])
+    assert open_dataset("pcontext", root).train.keys == PCONTEXT["train"][:-1]
+    make_pcontext(root)
+    assert open_dataset("pcontext", root).train.keys == PCONTEXT["train"]  # .mat files: Main
+    os.remove(root / f"trainval/{PCONTEXT['train'][1]}.mat")
+    assert masked(open_dataset("pcontext", root).train) == [0, 2, 3, 4, 5]
+    os.remove(root / f"VOCdevkit/VOC2010/JPEGImages/{PCONTEXT['train'][2]}.jpg")
+    message = error_of(open_dataset, "pcontext", root)
+    assert "1 images of" in message and PCONTEXT["train"][2] in message and "03-May-2010.tar" in message
+    os.remove(lists / "Main/train.txt")
+    assert "train.txt" in error_of(open_dataset, "pcontext", root)
+    shutil.rmtree(root / "trainval")
+    shutil.rmtree(root / "VOCdevkit/VOC2010/SegmentationClassContext")
+    assert datasets.LAYOUTS["pcontext"][0] in error_of(open_dataset, "pcontext", root)
+
+
+def test_pcontext_wrong_mats(tmp_path):
+    data = open_dataset("pcontext59", make_pcontext(tmp_path))
+    path, right = data.train.masks[0], np.zeros(data.train.image(0).shape[:2])
+    for wrong in (right + 0.5, right - 1, right + np.nan, right + 65536):
+        scipy.io.savemat(path, {"LabelMap": wrong})
+        assert f"{path}: cannot be read as a MAT file with LabelMap (its values" in error_of(data.train.mask, 0)
+    scipy.io.savemat(path, {"LabelMap": right + 460})
+    message = error_of(data.train.mask, 0)
+    assert f"{path}: holds the values 460, but only 0..459 are" in message and "end at 459" in message
+    scipy.io.savemat(path, {"GTcls": {"Segmentation": right.astype(np.uint8)}})
+    assert f"{path}: cannot be read as a MAT file with LabelMap" in error_of(data.train.mask, 0)
+    scipy.io.savemat(path, {"LabelMap": right[1:]})
+    assert "must have one size" in error_of(data.train.mask, 0)
+    Path(path).write_bytes(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
+    assert "HDF" in error_of(data.train.mask, 0)
+
+
+# ---- BDD100K
+
+@pytest.mark.parametrize("old", [False, True])
+def test_bdd100k(tmp_path, old):
+    data = open_dataset("bdd100k", make_bdd100k(tmp_path, old))
+    assert data.train.keys == sorted(BDD["train"]) and data.val.keys == BDD["val"]  # test is not used
+    assert data.train.mask(0)[0, :20].tolist() == [*range(19), 255]  # trainIds as they are
+    assert (data.train.mask(at(data.train, BDD["train"][-1])) == 255).all()
+    cities = open_dataset("cityscapes", make_cityscapes(tmp_path / "cityscapes"))
+    assert data.classes == cities.classes and np.array_equal(data.palette, cities.palette)
+    if old:
+        assert all(path.endswith("_train_id.png") for path in data.train.masks)
+        seg = open_dataset("bdd100k", tmp_path / "bdd100k/seg")
+        assert seg.train.masks == data.train.masks
+
+
+def test_bdd100k_unpaired_files_are_left_out_and_many_refused(tmp_path):
+    root = make_bdd100k(tmp_path)
+    masks = root / "bdd100k/labels/sem_seg/masks"
+    os.rename(masks / f"train/{BDD['train'][0]}.png", masks / "train/ff1e4d6d-f4d85cfd.png")
+    os.remove(masks / f"val/{BDD['val'][1]}.png")
+    data = open_dataset("bdd100k", root)
+    assert data.train.keys == sorted(BDD["train"][1:]) and data.val.keys == BDD["val"][:1]
+    assert len(masked(data.train)) == 5
+    assert (f"bdd100k train: 1 images have no mask (*.png) and 1 masks no image ({BDD['train'][0]}, "
+            f"ff1e4d6d-f4d85cfd); they are left out") in data.notes
+    assert any(note.startswith("bdd100k val: 1 images have no mask") for note in data.notes)
+    for k in range(9):
+        (masks / f"train/ff1e4d6d-0000000{k}.png").touch()
+    message = error_of(open_dataset, "bdd100k", root)
+    assert "1 images have no mask (*.png) and 10 masks no image" in message and "unpack" in message
+    assert str(root / "bdd100k") in message
+
+
+def test_bdd100k_wrong_encodings(tmp_path):
+    data = open_dataset("bdd100k", make_bdd100k(tmp_path))
+    save_gray(Path(data.train.masks[0]), np.full((72, 128), 40))
+    message = error_of(data.train.mask, 0)
+    assert "values 40, but only 0..18 and 255" in message and "panoptic" in message
+    save_picture(Path(data.train.masks[0]), np.zeros((72, 128, 3), np.uint8))
+    assert "mode RGB" in error_of(data.train.mask, 0)
 
 
 # ---- a user's own folder
@@ -735,9 +955,13 @@ FORMS = {  # spec section 8: (dataset, form of a line, {key: how the line names 
     "h": ("cityscapes", "train/{1}/{0}_x.png"), "city key": ("cityscapes", "{}"),
     "i": ("camvid", "/SegNet/CamVid/train/{0}.png /SegNet/CamVid/trainannot/{0}.png"),
     "camvid key": ("camvid", "{}"), "camvid mask": ("camvid", "{}_L.png"),
-    "j": ("bdd", "images/train/{}.jpg"),
-    "j2": ("bdd", "seg/images/train/{0}.jpg seg/labels/train/{0}_train_id.png"),
-    "k": ("sun", "image/train/{0}.jpg depth/train/00000001.png label37/train/00000001.png"),
+    "j": ("bdd100k", "images/train/{}.jpg"),
+    "j2": ("bdd100k", "seg/images/train/{0}.jpg seg/labels/train/{0}_train_id.png"),
+    "bdd key": ("bdd100k", "{}"), "bdd 10k": ("bdd100k", "/bdd100k/images/10k/train/{}.jpg"),
+    "k": ("sunrgbd", "image/train/img-{2}.jpg depth/train/00000001.png label37/train/00000001.png"),
+    "k13": ("sunrgbd13", "SUNRGBD-train_images/img-{2}.jpg train13labels/img13labels-{2}.png"),
+    "sun key": ("sunrgbd", "{}"), "context key": ("pcontext", "{}"),
+    "context": ("pcontext59", "JPEGImages/{0}.jpg SegmentationClassContext/{0}.png"),
     "l": ("scene", "SUNRGBD/realsense/shr/2014-{}//image/0000063.jpg"),
     "folder": ("folder", "images/{}.jpg"), "folder key": ("folder", "{}"),
     "folder windows": ("folder", "images\\{}.jpg"),
@@ -745,13 +969,12 @@ FORMS = {  # spec section 8: (dataset, form of a line, {key: how the line names 
 
 
 def open_like(name, tmp_path):
-    """-> (data, two of its keys, not in sorted order); bdd, sun, scene: `folder` with names like theirs"""
+    """-> (data, two of its keys, not in sorted order); scene: `folder` with names like those of SUN RGB-D"""
     if name in MAKERS:
         data = open_dataset(name, MAKERS[name](tmp_path))
         return data, [data.train.keys[2], data.train.keys[0]]
     make_folder(tmp_path, n_train=1)
-    stems = {"bdd": ["13e7e580-68BC1FE2", "0004a4c0-d4dff0ad"], "sun": ["img-000002", "img-000001"],
-             "scene": [f"SUNRGBD/realsense/shr/2014-{k}/image/0000063" for k in (2, 1)]}[name]
+    stems = [f"SUNRGBD/realsense/shr/2014-{k}/image/0000063" for k in (2, 1)]
     for stem in stems:
         save_picture(tmp_path / f"images/train/{stem}.jpg", np.zeros((20, 30, 3), np.uint8))
         save_gray(tmp_path / f"masks/train/{stem}.png", np.zeros((20, 30)))
@@ -762,9 +985,8 @@ def open_like(name, tmp_path):
 def test_every_line_format(tmp_path, form):
     name, line = FORMS[form]
     data, keys = open_like(name, tmp_path / "data")
-    short = {"bdd": keys, "sun": keys, "scene": ["2", "1"]}.get(name, keys)
-    short = [key.removeprefix("train/") if name in ("bdd", "sun") else key for key in short]
-    rows = [line.format(key, key.split("_")[0]) for key in short]
+    short = ["2", "1"] if name == "scene" else keys
+    rows = [line.format(key, key.split("_")[0], key[-6:]) for key in short]
     file = tmp_path / "list.txt"
     for text in ("\n".join(rows) + "\n", "\n".join(rows), "\r\n".join(rows) + "\r\n",
                  "\n\n# a comment\n" + "  \n".join(rows) + "\t\n\n", "\ufeff" + "\n".join(rows)):
@@ -816,6 +1038,30 @@ def test_a_mask_that_the_list_names_is_used(tmp_path):
     before = data.notes
     labelled, _ = choose_labelled(data, "", file, 0)
     assert 9 not in data.train.mask(labelled[0]) and data.notes == before
+
+
+@pytest.mark.parametrize("name, row, other", [
+    ("sunrgbd", "image/train/img-000001.jpg train13labels/img13labels-000001.png", "13labels"),
+    ("sunrgbd13", "SUNRGBD-train_images/img-000001.jpg sunrgbd_train_test_labels/img-005051.png", "img-005051"),
+    ("pcontext", "JPEGImages/2008_000008.jpg SegmentationClass/2008_000008.png", "SegmentationClass")])
+def test_lists_choose_no_masks_of_another_encoding(tmp_path, name, row, other):
+    """sunrgbd and pcontext: such a mask could be read, but as other classes."""
+    root, file = MAKERS[name](tmp_path / "data"), tmp_path / "list.txt"
+    if name == "pcontext":
+        save_palette(root / "VOCdevkit/VOC2010/SegmentationClass/2008_000008.png", np.zeros((64, 80)))
+    data = open_dataset(name, root)
+    save_lines(file, [row])
+    assert datasets._below(data.root, row.split()[1])  # it is there
+    assert choose_labelled(data, "all", file, 0)[0] == [0] and other not in data.train.masks[0]
+
+
+def test_sunrgbd_lists_know_train_from_test(tmp_path):
+    data, file = open_dataset("sunrgbd", make_sunrgbd(tmp_path / "data")), tmp_path / "list.txt"
+    for row in ("SUNRGBD-test_images/img-000001.jpg", "image/test/img-000001.jpg", "test/000001"):
+        save_lines(file, [row])
+        assert "1 images belong to test, which is scored (test/000001)" in error_of(read_split, file, data)
+    save_lines(file, ["img-000001.jpg"])
+    assert "1 lines name no image of sunrgbd" in error_of(read_split, file, data)
 
 
 def test_columns_of_a_list(tmp_path):
@@ -963,3 +1209,6 @@ def test_a_published_list_is_recognised():
     keys += [f"Seq05VD_f{k:05d}" for k in range(0, 5101, 30)]
     assert len(keys) == 233 and datasets._compare("camvid test", keys[::-1]) == []
     assert datasets._compare("camvid test", keys[:-1] + ["Seq05VD_f05101"]) != []
+    for split, number in (("train", 5285), ("test", 5050)):  # SUN RGB-D's images have numbers for names
+        keys = [f"{split}/{k:06d}" for k in range(1, number + 1)]
+        assert datasets._compare(f"sunrgbd {split}", keys) == []
