@@ -159,6 +159,8 @@ PRESETS = {
                    save_every=135),
     "folder": dict(epochs=50, batch=10, long_side=400, scale=(0.5, 2.0), crop=(320, 320), flip=True),
 }
+PRESETS |= dict.fromkeys(("sunrgbd", "sunrgbd13"), dict(labeled="1500", epochs=100, size=(480, 640), eval_size="train"))
+PRESETS |= dict.fromkeys(("pcontext", "pcontext59", "bdd100k"), PRESETS["folder"] | dict(labeled="1/8"))  # not in the paper
 FREE = ("root", "download", "out", "evaluate", "predict", "images", "device", "workers", "compile", "eval_every",
         "save_every", "log_every")  # may differ between a run and its resumption
 
