@@ -138,7 +138,7 @@ class Config:
     views: int = option(20, "pixels per class and image; classes with more cells than that are sampled (Sec. 4.1)")
     sampling: str = option("hard", "half of them from wrong predictions, or all random (Table 4)", ("hard", "random"))
     keys: str = option("student", "whose embeddings are the keys of labelled anchors", ("student", "teacher"))
-    skip_classes: tuple[int, ...] = option((255,), "classes without contrast; 0 (road) as released, 255 for none")
+    skip_classes: tuple[int, ...] = option((), "classes without contrast; released: 0, the road")
 
     batch: int = option(16, "labelled images per step over all processes; as many unlabelled", group="optimisation")
     groups: int = option(4, "independent groups of a batch, as the paper's 4 GPUs; a multiple of the processes")
@@ -169,6 +169,8 @@ PRESETS = {
     "pcontext": dict(labeled="1/8", long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320), lambda_1=158.0),
     "folder": dict(steps=10000, batch=8, groups=2, long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320)),
 }
+PRESETS["pcontext59"] = PRESETS["pcontext"]
+PRESETS |= dict.fromkeys(("sunrgbd", "sunrgbd13"), PRESETS["folder"] | dict(labeled="1/8"))  # not in the paper
 FREE = ("root", "download", "out", "evaluate", "predict", "images", "device", "workers", "compile", "eval_every",
         "save_every", "log_every")  # may differ between a run and its resumption
 
@@ -556,6 +558,7 @@ def train(cfg):
         thresholds.copy_(state["thresholds"])
         for name, holder in holders.items():
             holder.load_state_dict(state[name])
+        del state  # it would stay on the device
     about = dict(config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
     wrapped = ctx.wrap(student)
     if cfg.compile:

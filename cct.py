@@ -561,6 +561,7 @@ def train(cfg):
         step, best, best_step = state["step"], state["best"], state["best_step"]
         for name, holder in holders.items():
             holder.load_state_dict(state[name])
+        del state  # it would stay on the device
     about = dict(config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
     wrapped = ctx.wrap(net)
     if cfg.compile:

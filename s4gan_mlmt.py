@@ -153,7 +153,7 @@ class Config:
     ema_buffers: str = option("keep", "the teacher's BN statistics: its own (keep), or the student's", ("keep", "copy"))
 
     tau: float = option(0.2, "classifier probability up to which a class is removed (Eq. 7)", group="fusion")
-    background: tuple[int, ...] | None = option((0,), "ids of the classes that are never removed")
+    background: tuple[int, ...] = option((0,), "ids of the classes that are never removed, or none")
     heuristics: bool = option(False, "with --evaluate: remove classes by their number of pixels instead (Table 5)")
     count_step: int = option(1000, "its thresholds: 1 to 12 times this many pixels")
 
@@ -186,13 +186,13 @@ PRESETS = {
     "pcontext": dict(labeled="1/8", steps=50000, short_side=(252, 1010), crop=(321, 321), blur=0.5, flip=True,
                      eval_size="train", eval_crop=512),
     "cityscapes": dict(labeled="1/8", batch=5, branch="s4gan", size=(512, 1024), crop=(256, 512),
-                       flip=True, input="city", eval_size="train", gamma=0.7, lr_d=1e-5, background=None),
+                       flip=True, input="city", eval_size="train", gamma=0.7, lr_d=1e-5, background=()),
     "camvid": dict(labeled="100", steps=10000, branch="s4gan", size=(360, 480), crop=(321, 321), flip=True,
-                   eval_size="train", background=None),
+                   eval_size="train", background=()),
     "folder": dict(scale=(0.5, 1.6), crop=(321, 321), flip=True),
 }
 PRESETS |= {  # not in the paper
-    "pcontext59": PRESETS["pcontext"] | dict(background=None),
+    "pcontext59": PRESETS["pcontext"] | dict(background=()),
     "bdd100k": PRESETS["cityscapes"] | dict(size=(512, 910), input="torchvision"),
     **dict.fromkeys(("sunrgbd", "sunrgbd13"), PRESETS["camvid"] | dict(labeled="1500", size=(480, 640)))}
 FREE = ("root", "download", "branch", "out", "evaluate", "predict", "images", "classifier", "segmenter", "heuristics",
@@ -447,10 +447,9 @@ def gate(p, keep):
 
 def always_kept(num_classes, cfg, device):
     """bool [C]: the background. UserError if it is no class of the dataset"""
-    background = cfg.background or ()
-    if any(c >= num_classes for c in background):
-        raise UserError(f"--background {','.join(map(str, background))}: {cfg.data} has classes 0..{num_classes - 1}")
-    return torch.tensor([c in background for c in range(num_classes)], device=device)
+    if any(c >= num_classes for c in cfg.background):
+        raise UserError(f"--background {','.join(map(str, cfg.background))}: {cfg.data} has classes 0..{num_classes - 1}")
+    return torch.tensor([c in cfg.background for c in range(num_classes)], device=device)
 
 
 def fuse(p, g, cfg):

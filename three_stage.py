@@ -57,7 +57,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
@@ -70,7 +70,7 @@ from common.datasets import DATASETS, choose_labelled, open_dataset
 from common.inference import predict_folder
 from common.log import Log
 from common.miou import ConfusionMatrix
-from common.pictures import colour, save_mask
+from common.pictures import prediction_panel, save_mask
 from common.runtime import Runtime, mix
 from common.schedules import update_ema
 from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
@@ -171,6 +171,8 @@ PRESETS = {
     "bdd100k": dict(labeled="1/8", stage1_share=1 / 3, batch=5, size=(360, 640), crop=(256, 512), eval_size="train"),
     "folder": dict(steps=20000, stage1_share=1 / 3, scale=(0.5, 1.5), crop=(321, 321)),
 }
+PRESETS["pcontext59"] = PRESETS["pcontext"]
+PRESETS |= dict.fromkeys(("sunrgbd", "sunrgbd13"), PRESETS["folder"] | dict(labeled="1/8"))  # not in the paper
 FREE = ("root", "download", "check_masks", "out", "evaluate", "predict", "images", "device", "workers", "compile",
         "eval_every", "save_every", "log_every")  # may differ between a run and its resumption
 
@@ -651,6 +653,7 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
         step, best, best_step = state["step"] - done, state["best"], state["best_step"]
         for name, holder in holders.items():
             holder.load_state_dict(state[name])
+        del state  # it would stay on the device
     about = dict(config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette), stage=stage)
     wrapped, judge = ctx.wrap(net), teacher or net  # judge: the network that is scored and that writes the masks (D3)
     if cfg.compile:
@@ -772,23 +775,11 @@ def stage_panel(f, stage, data, folder, cfg, ctx):
     samples = [T.ForScoring(scoring_size(cfg))(data.val.image(i), data.val.mask(i)) for i in chosen]
     found = [predict(f, to_device(x[None], ctx.device), ctx).argmax(1)[0].byte().cpu() for x, _ in samples]
     checkpoint.save(folder / f"stage{stage}/panel.pt", dict(predictions=found))
-    columns = [("image", [T.denormalise(x) for x, _ in samples])]
-    for k in range(1, stage + 1):
-        if (path := folder / f"stage{k}/panel.pt").exists():
-            columns.append((f"Stage {k}", [colour(ids, data.palette) for ids in checkpoint.load(path)["predictions"]]))
-    columns.append(("truth", [colour(y, data.palette) for _, y in samples]))
-    longest = max(max(cell.shape) for cell in columns[0][1])
-    larger, smaller = max(1, 240 // longest), math.ceil(longest / 480)  # whole factors, so that colours stay classes'
-    columns = [(title, [cell.repeat(larger, 0).repeat(larger, 1)[::smaller, ::smaller] for cell in cells])
-               for title, cells in columns]
-    width, height = (4 + max(cell.shape[axis] for cell in columns[0][1]) for axis in (1, 0))
-    picture = Image.new("RGB", (width * len(columns), 16 + height * len(samples)), "white")
-    for k, (title, cells) in enumerate(columns):
-        ImageDraw.Draw(picture).text((k * width + width // 2, 8), title, "black", anchor="mm")
-        for row, cell in enumerate(cells):
-            picture.paste(Image.fromarray(cell), (k * width + (width - cell.shape[1]) // 2, 16 + row * height))
-    picture.save(folder / "predictions.tmp", format="PNG")
-    (folder / "predictions.tmp").replace(folder / "predictions.png")
+    earlier = [(k, folder / f"stage{k}/panel.pt") for k in range(1, stage + 1)]
+    columns = {f"Stage {k}": checkpoint.load(path)["predictions"] for k, path in earlier if path.exists()}
+    rows = [(T.denormalise(x), *(column[row].numpy() for column in columns.values()), y.numpy())
+            for row, (x, y) in enumerate(samples)]
+    prediction_panel(rows, data.palette, data.classes, ("image", *columns, "truth")).save(folder / "predictions.png")
 
 
 # ------------------------------------------------------------------------------------------------ command line

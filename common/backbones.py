@@ -182,7 +182,7 @@ def hold_bn(module, policy):
 
 
 def load_weights(backbone, name, weights, say=print):
-    """Fill a backbone from `imagenet` (torchvision's, downloaded once), a state-dict file, or `none`.
+    """Fill a backbone from `imagenet` (torchvision's IMAGENET1K_V1, downloaded once), a state-dict file, or `none`.
 
     A file's keys are matched by name and shape after wrappers (`module.`, `backbone.`, `Scale.`, ..) are stripped;
     what was matched, skipped and missing is said. Raises UserError if nothing, or only some of the layers, matched.
@@ -191,7 +191,8 @@ def load_weights(backbone, name, weights, say=print):
         return
     if weights == "imagenet":
         try:
-            state = torchvision.models.get_model_weights(name).DEFAULT.get_state_dict(progress=True, check_hash=True)
+            kind = torchvision.models.get_model_weights(name).IMAGENET1K_V1  # the papers' features; V2's differ
+            state = kind.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
             raise UserError(f"--weights imagenet: torchvision could not download {name} ({error}); download it elsewhere "
                             f"and pass the file with --weights FILE, or train from scratch with --weights none") from error

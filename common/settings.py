@@ -33,8 +33,10 @@ def _size(text):
 
 
 def _ids(text):
+    if text == "none":
+        return ()
     if not all(part.strip().isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a comma-separated list of numbers, such as 0,1")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a comma-separated list of numbers, such as 0,1, or none")
     return tuple(int(part) for part in text.split(","))
 
 
@@ -74,6 +76,8 @@ def _show(value):
     if isinstance(value, bool):
         return "on" if value else "off"
     if isinstance(value, (tuple, list)):
+        if not value:
+            return "none"
         return ("," if isinstance(value[0], str) else " ").join(map(str, value))
     return str(value)
 

@@ -38,6 +38,7 @@ def test_every_kind_of_value():
     config, _ = parse(Toy, {}, "--size 36x48 --scale 1 1.5 --kinds y,x --ids 0,3 --flip --lr 1e-3".split())
     assert config == Toy(size=(36, 48), scale=(1.0, 1.5), kinds=("y", "x"), ids=(0, 3), flip=True, lr=1e-3)
     assert parse(Toy, {}, ["--size", "40", "--no-flip"])[0].size == (40, 40)
+    assert parse(Toy, {}, ["--ids", "none"])[0].ids == () and from_dict(Toy, dict(ids=[])).ids == ()
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -56,8 +57,8 @@ def test_config_survives_json_and_checkpoint(tmp_path):
     keep_config(tmp_path, config, free=())
     keep_config(tmp_path, config, free=())  # the same again is fine
     assert from_dict(Toy, dataclasses.asdict(config), dict(steps=1)) == dataclasses.replace(config, steps=1)
-    with pytest.raises(UserError, match=r"--size was 3 4, now 3 5"):
-        keep_config(tmp_path, Toy(size=(3, 5), lr=0.5), free=("lr",))
+    with pytest.raises(UserError, match=r"--size was 3 4, now 3 5; --ids was 0, now none"):
+        keep_config(tmp_path, Toy(size=(3, 5), ids=(), lr=0.5), free=("lr",))
     keep_config(tmp_path, Toy(size=(3, 4), lr=0.7), free=("lr",))
 
 
@@ -98,7 +99,7 @@ def test_exit_status_reaches_the_shell():
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 def test_presets_name_real_fields(script):
     names = {field.name for field in dataclasses.fields(script.Config)}
-    assert set(script.FREE) <= names
+    assert set(script.FREE) <= names and set(script.PRESETS) == set(script.DATASETS)
     for data, preset in script.PRESETS.items():
         assert set(preset) <= names and data in script.DATASETS
         parse(script.Config, script.PRESETS, ["--data", data])

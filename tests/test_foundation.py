@@ -165,7 +165,7 @@ def test_imagenet_weights_come_from_torchvision(monkeypatch):
         def get_state_dict(self, **words):
             asked.update(words)
             return theirs.state_dict()
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: type("W", (), {"DEFAULT": Weights()}))
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: type("W", (), {"IMAGENET1K_V1": Weights()}))
     net = ResNet("resnet18")
     load_weights(net, "resnet18", "imagenet", lambda _: None)
     assert torch.equal(net.layer4[1].conv2.weight, theirs.layer4[1].conv2.weight) and asked["check_hash"]
@@ -173,7 +173,7 @@ def test_imagenet_weights_come_from_torchvision(monkeypatch):
     class Offline:
         def get_state_dict(self, **words):
             raise OSError("no route to host")
-    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: type("W", (), {"DEFAULT": Offline()}))
+    monkeypatch.setattr(torchvision.models, "get_model_weights", lambda name: type("W", (), {"IMAGENET1K_V1": Offline()}))
     with pytest.raises(UserError, match="--weights none"):
         load_weights(net, "resnet18", "imagenet")
 

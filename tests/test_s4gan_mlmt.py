@@ -305,7 +305,7 @@ def test_fusion_with_another_background_or_none():
     nothing = torch.zeros(1, C)
     assert s4.fuse(p, nothing, config(background=(2,))).argmax(1).item() == 2
     assert s4.fuse(p, nothing, config(background=(3,))).argmax(1).item() == 3  # although its probability underflowed
-    assert torch.equal(s4.fuse(p, nothing, config(background=None)), p)  # no class would be left: nothing is removed
+    assert torch.equal(s4.fuse(p, nothing, config(background=())), p)  # no class would be left: nothing is removed
 
 
 class Stub(nn.Module):
@@ -381,7 +381,7 @@ def test_auc_leaves_out_the_background_and_classes_without_a_value():
     assert macro == pytest.approx((1 + 0.5) / 2)  # of classes 1 and 3; 2 never occurs, 0 is the background
     positives, negatives = [0.9, 0.3, 0.8, 0.05], [0.2, 0.5, 0.1, 0.1, 0.1]
     assert micro == pytest.approx(sum(p > n for p in positives for n in negatives) / 20)
-    assert s4.auc(scores, truth, config(background=None))[0] == pytest.approx((0.25 + 1 + 0.5) / 3)
+    assert s4.auc(scores, truth, config(background=()))[0] == pytest.approx((0.25 + 1 + 0.5) / 3)
 
 
 def test_no_auc_where_all_classes_are_in_all_images(tmp_path):

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import random
+import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -769,10 +771,23 @@ def test_run_folder_and_output(whole):
     assert (config["lambda_con"], config["bn"], config["batch_l"]) == (0.5, "learn", 2)
     for stage in (1, 2):
         assert len(stored(folder / f"stage{stage}")) == 9 and (folder / f"stage{stage}/finished.pt").exists()
-    panel = Image.open(folder / "predictions.png")
-    assert panel.size == (5 * 244, 16 + 2 * 196)  # image, three stages, truth; two images of 64x80 and 61x77, times 3
-    truth = ts.colour(open_dataset("folder", json.loads((folder / "config.json").read_text())["root"]).val.mask(0), palette())
-    assert np.array_equal(np.array(panel)[16:16 + 192:3, 4 * 244 + 2:4 * 244 + 242:3], truth)
+    assert len(checkpoint.load(folder / "stage1/panel.pt")["predictions"]) == 2  # what the panels of later stages show
+
+
+def test_panel_shows_image_stages_and_truth(whole, monkeypatch, tmp_path):
+    shown = []
+    monkeypatch.setattr(ts, "prediction_panel", lambda rows, palette, names, titles: shown.append((rows, titles)) or Image.new("L", (1, 1)))
+    folder, cfg = whole[0], ts.from_dict(ts.Config, json.loads((whole[0] / "config.json").read_text()))
+    data, kept = open_dataset("folder", cfg.root), (folder / "stage3/panel.pt").read_bytes()
+    constant = lambda x: torch.eye(4)[2][None, :, None, None].expand(-1, -1, *x.shape[2:])
+    ts.stage_panel(constant, 3, data, Path(shutil.copytree(folder, tmp_path / "copy")), cfg, Runtime("cpu"))
+    (rows, titles), = shown
+    assert tuple(titles) == ("image", "Stage 1", "Stage 2", "Stage 3", "truth") and len(rows) == 2
+    for i, (image, first, second, third, truth) in enumerate(rows):
+        assert np.abs(image.astype(int) - data.val.image(i)).max() <= 1 and np.array_equal(truth, data.val.mask(i))
+        assert np.array_equal(first, checkpoint.load(folder / "stage1/panel.pt")["predictions"][i].numpy())
+        assert (third == 2).all() and second.shape == truth.shape
+    assert (folder / "stage3/panel.pt").read_bytes() == kept
 
 
 def test_stages_start_over(whole, tiny):
