@@ -6,6 +6,7 @@ and the background is cluttered with waves, noise and strokes in the objects' co
 images.
 """
 import colorsys
+from functools import cache
 
 import numpy as np
 
@@ -34,6 +35,9 @@ class Drawn:
 
     def has_mask(self, i):
         return True
+
+
+drawn = cache(Drawn)
 
 
 def inside(name, x, y):
@@ -95,7 +99,7 @@ def draw(rng):
 
 
 def open_shapes():
-    """The benchmark, the same pixels on every machine and for every seed of a run."""
+    """The benchmark, the same pixels on every machine and for every seed of a run. Drawn once per process."""
     hues = [(40, 40, 40)] + [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(k / 8, 0.75, 0.95)) for k in range(8)]
-    return SegmentationData("shapes", CLASSES, np.array(hues, np.uint8), Drawn("train", TRAIN, 1), Drawn("val", VAL, 2),
+    return SegmentationData("shapes", CLASSES, np.array(hues, np.uint8), drawn("train", TRAIN, 1), drawn("val", VAL, 2),
                             "val", ())
