@@ -63,8 +63,12 @@ def test_config_survives_json_and_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_is_grouped_and_complete(script):
-    text = run_script("--help", script=f"{script}.py")
+def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as stop:
+        SCRIPTS[script].main(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
     for group in ("run:", "images:", "network:", "optimisation:", "machine:"):
         assert f"\n{group}\n" in text
     for field in dataclasses.fields(SCRIPTS[script].Config):
@@ -93,7 +97,6 @@ def test_a_users_mistake_is_one_sentence(tmp_path, capsys, flags, said):
 
 def test_exit_status_reaches_the_shell():
     assert "error: no checkpoint at nothing.pt" in run_script("--evaluate", "nothing.pt", check=2)
-    assert "unrecognized arguments: --lamda-u" in run_script("--lamda-u", "3", check=2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)

@@ -1,5 +1,7 @@
 """Whole runs: exact resume, processes, precision, signals, the files of a run folder."""
+import contextlib
 import csv
+import io
 import json
 import os
 import random
@@ -10,8 +12,10 @@ import torch
 from conftest import kill, run_here, run_script, same_state, start_script, wait_for
 from PIL import Image
 
+import cct
 import fixtures
 from common import checkpoint
+from common.runtime import Runtime
 from common.settings import UserError
 
 
@@ -29,9 +33,10 @@ def column(folder, name):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny):
     """A run of 8 steps that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    output = run_script(*tiny, "--steps", 8, "--out", folder)
-    return folder, output
+    folder, output = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        run_here(*tiny, "--steps", 8, "--out", folder)
+    return folder, output.getvalue()
 
 
 def test_run_folder_and_output(whole):
@@ -53,7 +58,7 @@ def test_finished_run_is_not_trained_again(whole, tiny, capsys):
     assert same_state(before, last(folder))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_kill_9_at_random_moments_then_resume_is_bit_equal(whole, tiny, tmp_path, workers):
     """Kills fall between steps, inside them and inside saves (a checkpoint is written after every step)."""
     rng, folder, arguments = random.Random(workers), tmp_path / "run", [*tiny, "--steps", 8, "--workers", workers]
@@ -65,7 +70,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(whole, tiny, tmp_path
             process.wait(rng.uniform(0, 0.15))
         except Exception:
             kill(process)
-    run_script(*arguments, "--out", folder)
+    run_here(*arguments, "--out", folder)
     expected, got = last(whole[0]), last(folder)
     assert expected["config"].pop("workers") == 0 and got["config"].pop("workers") == workers
     assert same_state(expected, got)
@@ -96,7 +101,7 @@ def test_sigterm_saves_and_exits(whole, tiny, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143 and "saved at step" in output
     assert 0 < last(folder)["step"] < 8
-    run_script(*arguments, "--out", folder)
+    run_here(*arguments, "--out", folder)
     assert same_state(last(whole[0])["net"], last(folder)["net"])
 
 
@@ -110,11 +115,11 @@ def test_contradicting_flags_are_refused(whole, tiny):
     assert same_state(before, last(folder))
 
 
-def test_two_processes_equal_one(tiny, tmp_path):
+def test_two_processes_equal_one(tiny, tmp_path, capsys):
     """Same losses as one process with the same global batch (BN synchronised), and every image scored once."""
     arguments = [*tiny, "--batch", 4, "--steps", 4, "--supervised-loss", "ab_ce", "--confidence", 0.2, "--optimizer", "sgd",
                  "--lr", 0.02]  # Adam's division would blow the float error of tiny gradients up
-    run_script(*arguments, "--out", tmp_path / "one")
+    run_here(*arguments, "--out", tmp_path / "one")
     output = run_script(*arguments, "--out", tmp_path / "two", processes=2)
     assert "2 x CPU" in output and output.count("final: mIoU") == 1
     for name in ("loss_s", "loss_u"):
@@ -126,9 +131,10 @@ def test_two_processes_equal_one(tiny, tmp_path):
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), rtol=1e-3, atol=1e-4), name
     # the number of scored pixels is what the table's shares are shares of; both runs score the same checkpoint alike
-    scores = [run_script("--evaluate", tmp_path / "one/last.pt", "--device", "cpu", processes=n).strip().splitlines()[-13:]
-              for n in (1, 2)]
-    assert scores[0] == scores[1]
+    capsys.readouterr()
+    run_here("--evaluate", tmp_path / "one/last.pt", "--device", "cpu")
+    scored = run_script("--evaluate", tmp_path / "one/last.pt", "--device", "cpu", processes=2)
+    assert capsys.readouterr().out.strip().splitlines()[-13:] == scored.strip().splitlines()[-13:]
 
 
 class Killed(Exception):
@@ -157,8 +163,10 @@ def test_other_settings_train_and_resume(tiny, tmp_path, monkeypatch, flags):
     assert same_state(last(tmp_path / "whole"), last(tmp_path / "torn"))
 
 
-def test_every_flag_of_the_method_changes_the_training(tiny, tmp_path):
+def test_every_flag_of_the_method_changes_the_training(tiny, tmp_path, monkeypatch):
     """No dead option: each of these leads to other weights than the default after two steps."""
+    monkeypatch.setattr(cct, "panel", lambda *_: Image.new("RGB", (1, 1)))  # pictures take most of the time
+    monkeypatch.setattr(cct.Log, "curves", lambda *_: None)
     run_here(*tiny, "--steps", 2, "--out", tmp_path / "default")
     default = last(tmp_path / "default")["net"]
     for k, flags in enumerate([
@@ -174,9 +182,12 @@ def test_every_flag_of_the_method_changes_the_training(tiny, tmp_path):
         assert any(not torch.equal(net[name], default[name]) for name in net), flags
 
 
-def test_batch_must_split_over_processes(tiny, tmp_path):
-    output = run_script(*tiny, "--batch", 3, "--steps", 1, "--out", tmp_path / "run", processes=2, check=1)
-    assert "--batch 3 cannot be split over 2 processes" in output
+def test_batch_must_split_over_processes():
+    ctx = Runtime("cpu")
+    ctx.world = 2
+    assert ctx.share(4) == 2
+    with pytest.raises(UserError, match="--batch 3 cannot be split over 2 processes"):
+        ctx.share(3)
 
 
 def test_non_finite_loss_stops_the_run(tiny, tmp_path):

@@ -1,6 +1,8 @@
 """three_stage.py against the paper: equations, networks, the augmentation to the pixel, and runs of seconds."""
+import contextlib
 import csv
 import dataclasses
+import io
 import json
 import math
 import os
@@ -741,8 +743,10 @@ def column(folder, name):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny):
     """A run of three stages that nobody disturbed"""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    return folder, run_script(*tiny, "--out", folder, script="three_stage.py")
+    folder, output = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
+    with contextlib.redirect_stdout(output):
+        here(*tiny, "--out", folder)
+    return folder, output.getvalue()
 
 
 def same_run(a, b, stages=3):
