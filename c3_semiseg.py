@@ -17,8 +17,8 @@ Map (paper -> this file)
 
 Deviations (paper / authors' code / here, and why)
   D1  ASPP: four rates / returns after the first sum, so only 6 and 12 work / 6 and 12, --aspp-rates 6,12,18,24.
-  D2  Eq. 2: sum over classes / mean over classes / mean, as lambda_1 = 50 was tuned with it (2.63 on the sum over
-      19 classes, kept by the presets of camvid, voc, pcontext): --no-divide-by-classes --lambda-1 2.63.
+  D2  Eq. 2: sum over classes / mean over classes / mean on Cityscapes and BDD100K, as lambda_1 = 50 was tuned with it;
+      the sum with 2.63 = 50 / 19 on data with other numbers of classes: --no-divide-by-classes --lambda-1 2.63.
   D3  Eq. 1, 2: per image, then images / pooled per GPU / pooled in each of --groups, which stand for the GPUs' batches:
       CutMix pairs and contrast stay in a group too, DCRS spans all. N processes with the same --groups equal one.
   D4  Eq. 5: - / times tau / 0.1 / as code, --contrast-scale 1. Positives: own position left out, as in the code.
@@ -31,9 +31,11 @@ Deviations (paper / authors' code / here, and why)
       consistency, DCRS and contrast, --no-mask-invalid. Unlabelled frames are rotated after the resizing, not before.
   D10 EMA: 0.99 / min(1 - 1/(4m+1), 0.99), m-th step / as code, --no-ema-warmup.
   D11 lr: one / backbone tenth, but three updates per step by a duplicated list / backbone * 0.3, each updated once.
+      Poly: the step's number not said / 1..N, the last step has lr 0 / 0..N-1.
   D12 Unlabelled images: train - D_L / broken for BDD and for other seeds than the first / train - D_L.
       Draws: - / with replacement / every image once per pass. BDD's strong view: as Cityscapes / jitter only / paper.
   D13 Scored: - / student of the best epoch / student, last step; best and the teacher's mIoU (miou_teacher) beside it.
+      Images: - / OpenCV's bilinear / antialiased bilinear. D_U alone (Table 4): the logits go nearest / bilinear.
   D14 Several GPUs: - / losses per GPU / the same thanks to D3; BN, where it learns, is synchronised.
   D15 From scratch (--weights none) frozen BN and N(0, 0.01) heads cannot train: BN learns (the teacher averages its
       statistics too), heads have PyTorch's initialisation, the backbone has the lr of the heads.
@@ -70,7 +72,7 @@ from common.log import Log
 from common.miou import ConfusionMatrix
 from common.runtime import Runtime, mix
 from common.schedules import poly, ramp, set_lr, update_ema
-from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
+from common.settings import Size, UserError, exclusive, from_dict, keep_config, option, parse, run
 from common.streams import Scored, Stream, endless, once
 
 VIEWS = ("W", "S", "SR")  # weak; colour jitter; colour jitter and RandAugment (Table 5)
@@ -85,21 +87,23 @@ class Config:
     download: bool = option(False, "let torchvision download the data (voc)")
     labeled: str = option("all", "labelled images: a count (372), a fraction (1/8) or all")
     split: str = option("", "file that lists the labelled images, instead of a seeded draw")
-    seed: int = option(0, "seed of the draw, the initialisation and the augmentation; the paper's: 12345, 23456, 34567")
+    seed: int = option(0, "seed of the draw, the initialisation and the augmentation; the paper's: 12345, 23456, 34567",
+                      within=(0, None))
     supervised: bool = option(False, "the baseline: labelled images only, same network, same number of steps")
-    steps: int | None = option(25000, "training steps (Sec. 4.1)")
-    epochs: float | None = option(None, "passes over the unlabelled images, instead of --steps")
+    steps: int | None = option(25000, "training steps (Sec. 4.1)", within=(1, None))
+    epochs: float | None = option(None, "passes over the unlabelled images, instead of --steps", within=(0.001, None))
     out: str = option("", "run folder [runs/c3_semiseg-<data>-<labeled>-seed<k>]; the same command resumes it")
     evaluate: str = option("", "score this checkpoint and exit")
     predict: str = option("", "write palette PNGs of --images with this checkpoint and exit")
     images: str = option("", "folder of images for --predict")
 
     size: Size | None = option(None, "resize every image to this size", group="images")
-    long_side: int | None = option(None, "resize the longer side to this, instead of --size")
-    scales: tuple[float, float, float] = option((1.0, 1.0, 1.0), "random rescaling by one of three factors (BDD100K)")
+    long_side: int | None = option(None, "resize the longer side to this, instead of --size", within=(1, None))
+    scales: tuple[float, float, float] = option((1.0, 1.0, 1.0), "random rescaling by one of three factors (BDD100K)",
+                                                within=(0.01, None))
     crop: Size | None = option(None, "random crop")
     flip: bool = option(True, "random horizontal flip")
-    rotate: int = option(10, "random rotation by up to this many degrees (Sec. 4.1)")
+    rotate: int = option(10, "random rotation by up to this many degrees (Sec. 4.1)", within=(0, 180))
     student_aug: str = option("SR", "student's view of unlabelled images: weak, jitter, jitter + RandAugment", VIEWS)
     teacher_aug: str = option("W", "teacher's view of them (Table 5)", VIEWS)
     mask_invalid: bool = option(True, "leave the corners that rotation invents out of the losses on unlabelled images")
@@ -110,7 +114,7 @@ class Config:
     backbone_layers: int = option(4, "keep only the first 2 or 3 layers of the ResNet, for small images", (2, 3, 4))
     weights: str = option("imagenet", "backbone weights: imagenet (torchvision), none, or a state-dict file")
     stride_on: str = option("1x1", "the bottleneck's strided convolution; released: 1x1", ("1x1", "3x3"))
-    aspp_rates: tuple[int, ...] = option((6, 12), "dilations of SEG; the paper's ASPP has 6,12,18,24")
+    aspp_rates: tuple[int, ...] = option((6, 12), "dilations of SEG; the paper's ASPP has 6,12,18,24", within=(1, None))
     bn: str | None = option(None, "batch normalisation: frozen (default with weights), affine (weight and bias frozen) or "
                                   "learn (default with --weights none)", ("frozen", "affine", "learn"))
     head_init: str | None = option(None, "SEG and PROJ: normal = N(0, 0.01) (default with weights) or pytorch (default "
@@ -119,13 +123,13 @@ class Config:
     lambda_1: float = option(50.0, "final weight of L_consist (Sec. 4.1); 0: without it (Table 3)", group="consistency")
     consist_ramp: float = option(0.16, "length of its ramp-up from the end of the burn-in, as a share of the steps")
     divide_by_classes: bool = option(True, "Eq. 2 over C, as released; without it take lambda_1 = 2.63")
-    burn_in: float = option(0.09, "share of the steps without unlabelled images (Sec. 4.1: ten epochs); 1: all")
-    ema: float = option(0.99, "decay alpha of the teacher (Sec. 4.1)")
+    burn_in: float = option(0.09, "share of the steps without unlabelled images (Sec. 4.1: ten epochs); 1: all", within=(0, 1))
+    ema: float = option(0.99, "decay alpha of the teacher (Sec. 4.1)", within=(0, 1))
     ema_warmup: bool = option(True, "smaller decay in the teacher's first 25 steps, as released")
     mix: str = option("cross", "CutMix (Table 6): cross pairs by chance, cross_strict a labelled with an unlabelled image",
                       ("cross", "cross_strict", "intra", "none"))
-    dcrs: float = option(0.8, "DCRS: share s of a class's pixels to keep (Table 7); 1: all of them")
-    dcrs_beta: float = option(0.9, "DCRS: decay of the thresholds (Eq. 6)")
+    dcrs: float = option(0.8, "DCRS: share s of a class's pixels to keep (Table 7); 1: all of them", within=(0, None))
+    dcrs_beta: float = option(0.9, "DCRS: decay of the thresholds (Eq. 6)", within=(0, 1))
     dcrs_init: float = option(0.9, "DCRS: their start")
 
     contrast: str = option("both", "images whose embeddings are contrasted (Table 4)",
@@ -134,27 +138,30 @@ class Config:
     contrast_ramp: float = option(0.01, "length of its ramp-up from step 0, as a share of the steps; 0: none")
     contrast_burn_in: bool = option(True, "contrast of labelled images in the burn-in too, as released")
     contrast_scale: float | None = option(None, "factor of Eq. 5 [tau / 0.1 as released; the paper's is 1]")
-    tau: float = option(0.15, "temperature (Sec. 4.1)")
-    views: int = option(20, "pixels per class and image; classes with more cells than that are sampled (Sec. 4.1)")
+    tau: float = option(0.15, "temperature (Sec. 4.1)", within=(0.001, None))
+    views: int = option(20, "pixels per class and image; classes with more cells than that are sampled (Sec. 4.1)",
+                       within=(2, None))
     sampling: str = option("hard", "half of them from wrong predictions, or all random (Table 4)", ("hard", "random"))
     keys: str = option("student", "whose embeddings are the keys of labelled anchors", ("student", "teacher"))
     skip_classes: tuple[int, ...] = option((), "classes without contrast; released: 0, the road")
 
-    batch: int = option(16, "labelled images per step over all processes; as many unlabelled", group="optimisation")
+    batch: int = option(16, "labelled images per step over all processes; as many unlabelled", group="optimisation",
+                       within=(1, None))
     groups: int = option(4, "independent groups of a batch, as the paper's 4 GPUs; a multiple of the processes")
-    lr: float = option(1.2e-4, "learning rate of SEG and PROJ (Sec. 4.1, Adam)")
-    backbone_lr_mult: float | None = option(None, "backbone's share of it [0.3; 1 with --weights none]")
+    lr: float = option(1.2e-4, "learning rate of SEG and PROJ (Sec. 4.1, Adam)", within=(0, None))
+    backbone_lr_mult: float | None = option(None, "backbone's share of it [0.3; 1 with --weights none]", within=(0, None))
 
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), group="machine")
     precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
                             ("auto", "fp32", "bf16", "fp16"))
     compile: bool = option(False, "torch.compile the student")
-    workers: int = option(8, "processes that decode and augment, per stream")
-    eval_every: int = option(1000, "steps between evaluations")
-    save_every: int = option(500, "steps between checkpoints")
-    log_every: int = option(20, "steps between log lines")
+    workers: int = option(8, "processes that decode and augment, per stream", within=(0, None))
+    eval_every: int = option(1000, "steps between evaluations", within=(1, None))
+    save_every: int = option(500, "steps between checkpoints", within=(1, None))
+    log_every: int = option(20, "steps between log lines", within=(1, None))
 
 
+SUM = dict(divide_by_classes=False, lambda_1=2.63)  # what lambda_1 = 50 is over 19 classes, for any number of them
 PRESETS = {
     "shapes": dict(labeled="40", steps=1000, batch=6, groups=1, crop=(80, 80), backbone="resnet18", backbone_layers=2,
                    weights="none", aspp_rates=(1, 3), lr=1.5e-3, lambda_1=25.0, views=8, burn_in=0.15, consist_ramp=0.3,
@@ -163,11 +170,11 @@ PRESETS = {
                        skip_classes=(0,), eval_every=250),
     "bdd100k": dict(labeled="233", steps=20000, batch=8, scales=(0.75, 1.0, 1.25), crop=(512, 512), skip_classes=(0,),
                     burn_in=0.225, consist_ramp=0.2, contrast_ramp=0.0125),
-    "camvid": dict(labeled="100", steps=10000, batch=8, groups=2, size=(360, 480), crop=(256, 320), eval_size="train",
-                   lambda_1=29.0, eval_every=250),
-    "voc": dict(labeled="1464", long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320), lambda_1=55.0),
-    "pcontext": dict(labeled="1/8", long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320), lambda_1=158.0),
-    "folder": dict(steps=10000, batch=8, groups=2, long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320)),
+    "camvid": SUM | dict(labeled="100", steps=10000, batch=8, groups=2, size=(360, 480), crop=(256, 320),
+                         eval_size="train", eval_every=250),
+    "voc": SUM | dict(labeled="1464", long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320)),
+    "pcontext": SUM | dict(labeled="1/8", long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320)),
+    "folder": SUM | dict(steps=10000, batch=8, groups=2, long_side=400, scales=(0.75, 1.0, 1.25), crop=(320, 320)),
 }
 PRESETS["pcontext59"] = PRESETS["pcontext"]
 PRESETS |= dict.fromkeys(("sunrgbd", "sunrgbd13"), PRESETS["folder"] | dict(labeled="1/8"))  # not in the paper
@@ -528,12 +535,13 @@ def scoring_size(cfg):
 def train(cfg):
     """Train, or resume, the run in cfg.out; ends with the per-class table and the `final:` line. -> final mIoU, 0..1"""
     ctx = Runtime(cfg.device, cfg.precision)
+    cfg.precision = ctx.precision  # config.json has what `auto` came to: a resumption must not change it
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or list(range(len(data.train)))  # all are labelled: D_L = D_U = all (Table 1, Full)
     if cfg.steps is None:
         cfg.steps = math.ceil(cfg.epochs * math.ceil(len(unlabelled) / cfg.batch))
-    check(cfg, ctx.world)
+    check(cfg, len(data.classes), ctx.world)
     folder, share, groups, num_classes = Path(cfg.out), ctx.share(cfg.batch), cfg.groups // ctx.world, len(data.classes)
     burn_in = burn_in_end(cfg)
     if ctx.main:
@@ -559,7 +567,7 @@ def train(cfg):
         for name, holder in holders.items():
             holder.load_state_dict(state[name])
         del state  # it would stay on the device
-    about = dict(config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
+    about = dict(script="c3_semiseg", config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
     wrapped = ctx.wrap(student)
     if cfg.compile:
         student.compile()
@@ -577,13 +585,16 @@ def train(cfg):
         log.say(note)
     ctx.catch_sigterm()
 
-    def headline():
-        return (teacher if cfg.eval_net == "teacher" and step > burn_in else student).net
+    def networks():
+        """The network of the headline, then the other one, if it exists yet; each with its name"""
+        names = ("teacher", "student") if cfg.eval_net == "teacher" else ("student", "teacher")
+        return [(name, holders[name].net) for name in names if name == "student" or step > burn_in]
 
     def save(name, **state):
         log.flush()  # stops the run here if a loss was not finite, the last good checkpoint kept
         if ctx.main:
-            checkpoint.save(folder / name, about | dict(net=headline().state_dict(), step=step) | state)
+            kind, net = networks()[0]
+            checkpoint.save(folder / name, about | dict(net=net.state_dict(), net_is=kind, step=step) | state)
 
     def save_all():
         save("last.pt", best=best, best_step=best_step, thresholds=thresholds,
@@ -591,22 +602,21 @@ def train(cfg):
 
     def score():
         nonlocal best, best_step
-        confusion = evaluate(headline(), data, cfg, ctx)
+        (_, net), *others = networks()
+        confusion = evaluate(net, data, cfg, ctx)
         if confusion.miou() > best:
             best, best_step = confusion.miou(), step
             save("best.pt", miou=best)
-        values = dict(miou=confusion.miou(), best=best)
-        if step > burn_in:
-            values["miou_teacher"] = evaluate(teacher.net, data, cfg, ctx).miou()
-        log.evaluated(step, **values)
+        log.evaluated(step, miou=confusion.miou(), best=best,
+                      **{f"miou_{name}": evaluate(other, data, cfg, ctx).miou() for name, other in others})
         if ctx.main:
-            headline().eval()
-            panel(partial(predict, headline(), cfg=cfg, ctx=ctx), data, scoring_size(cfg), ctx.device).save(
+            panel(partial(predict, net.eval(), cfg=cfg, ctx=ctx), data, scoring_size(cfg), ctx.device).save(
                 folder / "predictions.png")
             student.train()
             log.curves()
         return confusion
 
+    keys_of_teacher = cfg.keys == "teacher" and cfg.contrast in ("both", "labelled")
     student.train()
     while step < cfg.steps and not ctx.stopping(due=step % cfg.log_every == 0):
         lr = cfg.lr * poly(step, cfg.steps)
@@ -615,6 +625,8 @@ def train(cfg):
         if step == burn_in:
             log.flush()  # from here on a row has other columns
             log.images_per_step = 2 * cfg.batch
+            if cfg.eval_net == "teacher":  # `best` was a student's
+                best, best_step = 0.0, 0
         with log.waiting():
             x_l, y_l = next(batches_l)
             x_t, x_s, valid = next(batches_u) if step >= burn_in else (None, None, None)
@@ -627,7 +639,7 @@ def train(cfg):
         else:
             update_teacher(teacher, student, step - burn_in + 1, cfg)
             with torch.no_grad(), ctx.autocast():
-                logits_t, keys = teacher(torch.cat([x_t, x_l]) if cfg.keys == "teacher" else x_t)
+                logits_t, keys = teacher(torch.cat([x_t, x_l]) if keys_of_teacher else x_t)
             q = logits_t[:share].softmax(1)
             rng = ctx.random(cfg.seed, "cutmix", step)
             order = pairing(cfg.mix, groups, share // groups, rng)
@@ -644,7 +656,7 @@ def train(cfg):
             sets = []
             if cfg.contrast in ("both", "labelled"):
                 f_l = f[:share]
-                keys_l = keys[share:] if cfg.keys == "teacher" else f_l.detach() if cfg.contrast == "both" else f_l
+                keys_l = keys[share:] if keys_of_teacher else f_l.detach() if cfg.contrast == "both" else f_l
                 sets.append((f_l, keys_l, y_l, logits_l))
             if cfg.contrast in ("both", "unlabelled"):
                 sets.append((f[share:], keys[:share], classes.masked_fill(~keep, T.IGNORE), logits_u))
@@ -676,23 +688,20 @@ def train(cfg):
     return confusion.miou()
 
 
-def check(cfg, world):
+def check(cfg, num_classes, world):
     """Raises UserError for settings that contradict each other."""
     if cfg.groups < 1 or cfg.groups % world:
         raise UserError(f"--groups {cfg.groups} cannot be spread over {world} processes: use a multiple of {world}")
     if cfg.batch < 1 or cfg.batch % cfg.groups:
         raise UserError(f"--batch {cfg.batch} cannot be divided into {cfg.groups} groups: use a multiple of {cfg.groups}, "
                         f"or other --groups")
-    if cfg.mix == "intra" and cfg.batch // cfg.groups % 2:
+    if cfg.mix == "intra" and burn_in_end(cfg) < cfg.steps and cfg.batch // cfg.groups % 2:
         raise UserError(f"--mix intra pairs labelled images with each other and needs an even number in each of the "
                         f"{cfg.groups} groups, not {cfg.batch // cfg.groups}: change --batch or --groups")
-    if cfg.views < 2 or cfg.tau <= 0 or cfg.dcrs < 0 or not 0 <= cfg.burn_in <= 1 or min(cfg.aspp_rates) < 1:
-        raise UserError("expected --views of at least 2, --tau above 0, --dcrs of at least 0, --burn-in from 0 to 1 "
-                        "and --aspp-rates of at least 1")
+    if cfg.skip_classes and max(cfg.skip_classes) >= num_classes:
+        raise UserError(f"--skip-classes {max(cfg.skip_classes)}: {cfg.data} has the classes 0 to {num_classes - 1}")
     if cfg.eval_net == "teacher" and burn_in_end(cfg) >= cfg.steps:
         raise UserError("--eval-net teacher: there is none without unlabelled images (--supervised, --burn-in 1)")
-    if cfg.data != "shapes" and not (cfg.size or cfg.crop):
-        raise UserError("images of a batch must have one size: give --size or --crop")
 
 
 def make_optimizer(student, cfg):
@@ -707,16 +716,17 @@ def make_optimizer(student, cfg):
 def load_segmenter(path, given, ctx):
     """-> (net, cfg, state) from a checkpoint, with the flags that make sense for inference on top of its config"""
     state = checkpoint.load(path, ctx.device)
-    if not {"net", "config", "classes", "palette"} <= set(state):
+    if not isinstance(state, dict) or state.get("script") != "c3_semiseg":
         raise UserError(f"{path} is not a checkpoint of this script: expected a file such as runs/.../last.pt")
-    useless = sorted(set(given) - {*FREE, "data", "size", "eval_size", "eval_net", "precision"})
+    useless = sorted(set(given) - {*FREE, "data", "size", "eval_size", "eval_net", "batch", "precision"})
     if useless:
         raise UserError(f"--{useless[0].replace('_', '-')} has no effect on a trained network; {path} brings its own settings")
     cfg, weights = from_dict(Config, state["config"], given), state["net"]
-    if "eval_net" in given and cfg.eval_net != state["config"]["eval_net"]:
-        if cfg.eval_net not in state or state["step"] <= burn_in_end(cfg):
-            raise UserError(f"{path} holds the {state['config']['eval_net']} only; both networks are in last.pt, "
-                            f"after the burn-in")
+    if "eval_net" not in given:
+        cfg.eval_net = state["net_is"]
+    if cfg.eval_net != state["net_is"]:
+        if cfg.eval_net not in state or state["net_is"] == "student" and state["step"] <= burn_in_end(cfg):
+            raise UserError(f"{path} holds the {state['net_is']} only; both networks are in last.pt, after the burn-in")
         weights = {name[4:]: w for name, w in state[cfg.eval_net].items() if name.startswith("net.")}
     net = make_net(cfg, len(state["classes"])).to(ctx.device, memory_format=torch.channels_last)
     net.load_state_dict(weights)
@@ -729,8 +739,9 @@ def score_checkpoint(cfg, given):
     net, cfg, state = load_segmenter(cfg.evaluate, given, ctx)
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     if list(data.classes) != state["classes"]:
-        raise UserError(f"{cfg.evaluate} was trained on {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ..), "
-                        f"but --data {cfg.data} has {len(data.classes)} others: evaluate it on the dataset it was trained on")
+        names = ", ".join(state["classes"][:3])
+        raise UserError(f"{cfg.evaluate} was trained on {len(state['classes'])} classes ({names}, ..), but --data {cfg.data} "
+                        f"has {len(data.classes)} others: evaluate it on the dataset it was trained on")
     confusion = evaluate(net, data, cfg, ctx)
     if ctx.main:
         print(confusion.table(data.classes))
@@ -755,14 +766,15 @@ def main(argv=None):
         return score_checkpoint(cfg, given)
     if cfg.predict:
         return predict_images(cfg, given)
-    if {"steps", "epochs"} <= set(given):
-        raise UserError("--steps and --epochs both set the length of the run: give one of them")
-    if cfg.epochs:
-        cfg.steps = None
+    exclusive(cfg, given, "steps", "epochs")
+    exclusive(cfg, given, "size", "long_side")
+    if cfg.eval_size == "train" and not cfg.size:
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
     scratch = cfg.weights == "none"
     cfg.bn = cfg.bn or ("learn" if scratch else "frozen")
     cfg.head_init = cfg.head_init or ("pytorch" if scratch else "normal")
-    cfg.backbone_lr_mult = cfg.backbone_lr_mult or (1.0 if scratch else 0.3)
+    if cfg.backbone_lr_mult is None:
+        cfg.backbone_lr_mult = 1.0 if scratch else 0.3
     labels = Path(cfg.split).stem if cfg.split else cfg.labeled.replace("/", "_")
     kind = "-supervised" if cfg.supervised else ""
     cfg.out = cfg.out or f"runs/c3_semiseg-{cfg.data}-{labels}-seed{cfg.seed}{kind}"

@@ -65,7 +65,7 @@ from common.miou import ConfusionMatrix
 from common.regions import find_blobs
 from common.runtime import Runtime, mix
 from common.schedules import RAMPS, poly, ramp, set_lr, update_ema
-from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
+from common.settings import Size, UserError, exclusive, from_dict, keep_config, option, parse, run
 from common.streams import Scored, Stream, endless, once
 
 PERTURBATIONS = {  # name: decoders of this type in "CCT" (Sec. 4.4.1; Table 12 has the hyper-parameters)
@@ -81,22 +81,22 @@ class Config:
     download: bool = option(False, "let torchvision download the data (voc)")
     labeled: str = option("all", "labelled images: a count (1464), a fraction (1/8) or all")
     split: str = option("", "file that lists the labelled images, instead of a seeded draw")
-    seed: int = option(0, "seed of the draw, the initialisation and the augmentation")
+    seed: int = option(0, "seed of the draw, the initialisation and the augmentation", within=(0, None))
     supervised: bool = option(False, "the baseline: labelled images only, same network, same number of steps")
     method: str = option("cct", "use of the unlabelled images (Table 4)", ("cct", "mean_teacher", "vat"))
-    steps: int | None = option(None, "training steps (instead of --epochs)")
-    epochs: float | None = option(None, "passes over the unlabelled images (Table 12)")
+    steps: int | None = option(None, "training steps (instead of --epochs)", within=(1, None))
+    epochs: float | None = option(None, "passes over the unlabelled images (Table 12)", within=(0.001, None))
     out: str = option("", "run folder [runs/cct-<data>-<labeled>-seed<k>]; the same command resumes the run in it")
     evaluate: str = option("", "score this checkpoint and exit")
     predict: str = option("", "write palette PNGs of --images with this checkpoint and exit")
     images: str = option("", "folder of images for --predict")
 
     size: Size | None = option(None, "resize every image to this size", group="images")
-    long_side: int | None = option(None, "resize the longer side to this, times --scale (App. I)")
-    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling (Sec. 4.3)")
+    long_side: int | None = option(None, "resize the longer side to this, times --scale (App. I)", within=(1, None))
+    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling (Sec. 4.3)", within=(0.01, None))
     crop: Size | None = option(None, "random crop")
     flip: bool = option(False, "random horizontal flip")
-    shift: int = option(0, "random shift of up to this many pixels")
+    shift: int = option(0, "random shift of up to this many pixels", within=(0, None))
     eval_size: str = option("full", "score at the original size (full) or at --size (train)", ("full", "train"))
     multi_scale: bool = option(False, "score with 5 scales and flips (App. F)")
 
@@ -128,25 +128,25 @@ class Config:
     vat_xi: float = option(0.1, "I-VAT and VAT: step of the power iteration (Eq. 13)")
     vat_released: bool = option(False, "I-VAT as released: uniform start, xi 1e-6, norm + 1e-8 (numerically inert)")
 
-    ema: float = option(0.999, "Mean Teacher: decay of the teacher after the ramp-up, 0.99 within it")
+    ema: float = option(0.999, "Mean Teacher: decay of the teacher after the ramp-up, 0.99 within it", within=(0, 1))
 
     supervised_loss: str = option("ce", "L_s: ce (Eq. 1) or ab_ce (Eq. 4)", ("ce", "ab_ce"), group="optimisation")
     eta_final: float = option(0.9, "ab-CE: final threshold (Eq. 17)")
     eta_length: float = option(0.4, "ab-CE: ramp length as a share of the steps (App. K; Table 12 has 0.5)")
-    batch: int = option(10, "labelled images per step over all processes; as many unlabelled ones")
+    batch: int = option(10, "labelled images per step over all processes; as many unlabelled ones", within=(1, None))
     optimizer: str = option("sgd", "sgd (momentum 0.9) or adam", ("sgd", "adam"))
-    lr: float = option(0.01, "learning rate of PSP module and decoders (Table 12)")
-    backbone_lr_mult: float | None = option(None, "backbone's share of it [0.1; 1 with --weights none]")
-    weight_decay: float = option(1e-4, "on every parameter (Table 12)")
+    lr: float = option(0.01, "learning rate of PSP module and decoders (Table 12)", within=(0, None))
+    backbone_lr_mult: float | None = option(None, "backbone's share of it [0.1; 1 with --weights none]", within=(0, None))
+    weight_decay: float = option(1e-4, "on every parameter (Table 12)", within=(0, None))
 
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), group="machine")
     precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
                             ("auto", "fp32", "bf16", "fp16"))
     compile: bool = option(False, "torch.compile the encoder")
-    workers: int = option(4, "processes that decode and augment, per stream")
-    eval_every: int = option(1000, "steps between evaluations")
-    save_every: int = option(500, "steps between checkpoints")
-    log_every: int = option(20, "steps between log lines")
+    workers: int = option(4, "processes that decode and augment, per stream", within=(0, None))
+    eval_every: int = option(1000, "steps between evaluations", within=(1, None))
+    save_every: int = option(500, "steps between checkpoints", within=(1, None))
+    log_every: int = option(20, "steps between log lines", within=(1, None))
 
 
 PRESETS = {
@@ -527,6 +527,7 @@ def scoring_size(cfg):
 def train(cfg):
     """Train, or resume, the run in cfg.out; ends with the per-class table and the `final:` line. -> final mIoU, 0..1"""
     ctx = Runtime(cfg.device, cfg.precision)
+    cfg.precision = ctx.precision  # config.json has what `auto` came to: a resumption must not change it
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or list(range(len(data.train)))  # all are labelled: consistency on all of them
@@ -562,7 +563,7 @@ def train(cfg):
         for name, holder in holders.items():
             holder.load_state_dict(state[name])
         del state  # it would stay on the device
-    about = dict(config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
+    about = dict(script="cct", config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
     wrapped = ctx.wrap(net)
     if cfg.compile:
         net.compile()
@@ -686,9 +687,9 @@ def input_vat(net, x, rng, cfg):
 def load_segmenter(path, given, ctx):
     """-> (net, cfg, state) from a checkpoint, with the flags that make sense for inference on top of its config"""
     state = checkpoint.load(path, ctx.device)
-    if not {"net", "config", "classes", "palette"} <= set(state):
+    if not isinstance(state, dict) or state.get("script") != "cct":
         raise UserError(f"{path} is not a checkpoint of this script: expected a file such as runs/.../last.pt")
-    useless = sorted(set(given) - {*FREE, "data", "size", "eval_size", "multi_scale", "precision"})
+    useless = sorted(set(given) - {*FREE, "data", "size", "eval_size", "multi_scale", "batch", "precision"})
     if useless:
         raise UserError(f"--{useless[0].replace('_', '-')} has no effect on a trained network; {path} brings its own settings")
     cfg = from_dict(Config, state["config"], given)
@@ -703,8 +704,9 @@ def score_checkpoint(cfg, given):
     net, cfg, state = load_segmenter(cfg.evaluate, given, ctx)
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     if list(data.classes) != state["classes"]:
-        raise UserError(f"{cfg.evaluate} was trained on {len(state['classes'])} classes ({', '.join(state['classes'][:3])}, ..), "
-                        f"but --data {cfg.data} has {len(data.classes)} others: evaluate it on the dataset it was trained on")
+        names = ", ".join(state["classes"][:3])
+        raise UserError(f"{cfg.evaluate} was trained on {len(state['classes'])} classes ({names}, ..), but --data {cfg.data} "
+                        f"has {len(data.classes)} others: evaluate it on the dataset it was trained on")
     confusion = evaluate(net, data, cfg, ctx)
     if ctx.main:
         print(confusion.table(data.classes))
@@ -731,11 +733,14 @@ def main(argv=None):
         return predict_images(cfg, given)
     if cfg.supervised and "method" in given:
         raise UserError("--supervised uses no unlabelled image, so --method has no meaning with it: drop one of the two")
-    if {"steps", "epochs"} <= set(given):
-        raise UserError("--steps and --epochs both set the length of the run: give one of them")
+    exclusive(cfg, given, "steps", "epochs")
+    exclusive(cfg, given, "size", "long_side")
+    if cfg.eval_size == "train" and not cfg.size:
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
     scratch = cfg.weights == "none"
     cfg.decoder_init = cfg.decoder_init or ("identity" if scratch else "icnr")
-    cfg.backbone_lr_mult = cfg.backbone_lr_mult or (1.0 if scratch else 0.1)
+    if cfg.backbone_lr_mult is None:
+        cfg.backbone_lr_mult = 1.0 if scratch else 0.1
     labels = Path(cfg.split).stem if cfg.split else cfg.labeled.replace("/", "_")
     kind = "supervised" if cfg.supervised else cfg.method
     cfg.out = cfg.out or f"runs/cct-{cfg.data}-{labels}-seed{cfg.seed}" + (f"-{kind}" if kind != "cct" else "")

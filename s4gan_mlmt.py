@@ -21,10 +21,12 @@ Map (paper -> this file)
 Deviations (paper / authors' code / here, and why)
   D1  ASPP: DeepLabv2's 4 rates / only 2 of 4 used (return inside the loop) / 4; --aspp-rates 6,12.
   D2  Backbone lr: 2.5e-4 / listed thrice, about 7.5e-4 / 2.5e-4; --backbone-lr-mult 3. The first knob to try.
+      Head: - / ten times / as code, --head-lr-mult.
   D3  BN of S: - / affine fixed, batch statistics / as code (--bn affine); with --weights none BN learns.
   D4  Stride: - / on the 1x1, where torchvision's weights have it on the 3x3 / as code; --stride-on 3x3.
   D5  Input: - / VOC 0..255 less the mean, Cityscapes BGR / as code; --input torchvision, as for all other data.
-  D6  VOC augmentation: scale, flip / off by default / on, scale 0.5, 0.6 .. 1.6.
+  D6  VOC augmentation: scale, flip / off by default / on, scale 0.5, 0.6 .. 1.6. PASCAL-Context: as VOC / short side
+      252..1010, blur; the centre 512x512 is scored / as code.
   D7  Eq. 1, 3: sums, D(S(x)) >= gamma without the image / means over valid pixels and passing images, > / means, >=.
   D8  D: dropout after all 4 convolutions / Dropout2d after 3 / as code; --d-dropout elementwise. Pooling is adaptive.
   D9  Eq. 2 norm: - / L1, mean over the 512 features / as code. Eq. 5: a maximised sum / 1/2 (BCE + BCE) / as code.
@@ -34,6 +36,7 @@ Deviations (paper / authors' code / here, and why)
   D13 Eq. 6: softmax CE on several classes / sigmoid and BCE / as code. Consistency: MSE on all images / cosine of
       logits on unlabelled ones / as paper; --cons cosine, --cons-on unlabelled. Its weight ramps up as in the code.
   D14 Teacher: EMA / min(1 - 1/(t+1), .999), its fc drawn anew, own BN statistics / as code, but a copy of the student.
+      Optimiser, epochs, batches, image size and the two views of branch B: - / given / as code.
   D15 Eq. 7: on probabilities, G the student / on logits (a class set to 0 beats negative ones), background gated, the
       teacher / on probabilities, background never gated, the teacher.
   D16 Standard GAN (Table 6): named only / absent / -log D(fake) on unlabelled images, weight --lambda-adv.
@@ -87,10 +90,10 @@ class Config:
     download: bool = option(False, "let torchvision download the data (voc)")
     labeled: str = option("all", "labelled images: a count (1464), a fraction (1/8) or all")
     split: str = option("", "file that lists the labelled images, instead of a seeded draw")
-    seed: int = option(0, "seed of the draw, the initialisation and the augmentation")
+    seed: int = option(0, "seed of the draw, the initialisation and the augmentation", within=(0, None))
     supervised: bool = option(False, "the baseline: --loss ce, --mlmt-method cnn, and without --branch only branch A")
     branch: str = option("both", "train S (branch A), the classifier (B), or both", ("s4gan", "mlmt", "both"))
-    steps: int = option(35000, "training steps of branch A (Sec. 4.1.3)")
+    steps: int = option(35000, "training steps of branch A (Sec. 4.1.3)", within=(1, None))
     out: str = option("", "run folder [runs/s4gan_mlmt-<data>-<labeled>-seed<k>]; the same command resumes it")
     evaluate: str = option("", "score this checkpoint, of either branch, and exit")
     predict: str = option("", "write palette PNGs of --images with this checkpoint of branch A and exit")
@@ -100,29 +103,33 @@ class Config:
     segmenter: str = option("", "with --branch mlmt: checkpoint of a branch A to fuse with in the end")
 
     size: Size | None = option(None, "resize every image to this size", group="images")
-    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1")
-    short_side: tuple[int, int] | None = option(None, "range of the shorter side's random length (pcontext)")
+    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1", within=(0.01, None))
+    short_side: tuple[int, int] | None = option(None, "range of the shorter side's random length (pcontext)", within=(1, None))
     crop: Size | None = option(None, "random crop")
-    pad_label: int = option(T.IGNORE, "label of what a crop has too little; the released code has 0 on pcontext")
-    blur: float = option(0.0, "probability of a Gaussian blur of radius U(0, 1) (pcontext)")
+    pad_label: int = option(T.IGNORE, "label of what a crop has too little; the released code has 0 on pcontext",
+                           within=(0, 255))
+    blur: float = option(0.0, "probability of a Gaussian blur of radius U(0, 1) (pcontext)", within=(0, 1))
     flip: bool = option(False, "random horizontal flip")
-    shift: int = option(0, "random shift of up to this many pixels")
+    shift: int = option(0, "random shift of up to this many pixels", within=(0, None))
     input: str = option("torchvision", "what S is fed: torchvision's normalisation, caffe: 0..255 less the mean "
                                        "(released, VOC), city: BGR less a mean (released, Cityscapes)",
                         ("torchvision", "caffe", "city"))
     eval_size: str = option("full", "score at the original size or (train) at --size, --eval-crop", ("full", "train"))
     eval_pad: Size | None = option(None, "pad images to this for S, and crop the logits (voc: 505)")
-    eval_crop: int | None = option(None, "score the centre square of the image resized to this shorter side (pcontext)")
+    eval_crop: int | None = option(None, "score the centre square of the image resized to this shorter side (pcontext)",
+                                  within=(1, None))
 
     network: str = option("deeplabv2", "S (Table 2)", ("deeplabv2", "deeplabv3plus"), group="network")
     backbone: str = option("resnet101", "its ResNet", RESNETS)
-    backbone_layers: int = option(4, "keep only the first 2 or 3 layers of the ResNets, for small images", (2, 3, 4))
+    backbone_layers: int = option(4, "keep only the first 2 or 3 layers of the ResNets, for small images (not of DeepLabv3+)",
+                                 (2, 3, 4))
     weights: str = option("imagenet", "backbone weights: imagenet (torchvision), none, or a state-dict file (COCO)")
     bn: str | None = option(None, "BN of S's ResNet: affine (batch statistics, weight and bias fixed), frozen, learn "
                                   "[affine; learn with --weights none]", ("frozen", "affine", "learn"))
-    aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of DeepLabv2's classifier; released code 6,12")
+    aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of DeepLabv2's classifier; released code 6,12",
+                                          within=(1, None))
     stride_on: str = option("1x1", "convolution of a bottleneck with the stride; torchvision 3x3", ("1x1", "3x3"))
-    d_width: int = option(64, "channels of D's first convolution, doubled by each of the next three")
+    d_width: int = option(64, "channels of D's first convolution, doubled by each of the next three", within=(1, None))
 
     loss: str = option("ce+fm+st", "L_S (Table 6)", LOSSES, group="s4GAN")
     lambda_fm: float = option(0.1, "weight of L_fm (Eq. 4)")
@@ -138,41 +145,43 @@ class Config:
     mlmt_backbone: str = option("resnet101", "the classifier (Sec. 4.1.2)", RESNETS)
     mlmt_weights: str | None = option(None, "its weights, as --weights [imagenet; none with --weights none]")
     mlmt_size: Size = option((320, 320), "its input size")
-    mlmt_epochs: int = option(100, "passes over the labelled images")
-    mlmt_batch: int = option(16, "labelled images per step over all processes")
-    mlmt_batch_u: int = option(80, "unlabelled images per step")
-    mlmt_lr: float = option(0.03, "its learning rate, cosine per epoch down to 1e-4")
-    mlmt_weight_decay: float = option(1e-5, "its weight decay")
+    mlmt_epochs: int = option(100, "passes over the labelled images", within=(1, None))
+    mlmt_batch: int = option(16, "labelled images per step over all processes", within=(1, None))
+    mlmt_batch_u: int = option(80, "unlabelled images per step", within=(1, None))
+    mlmt_lr: float = option(0.03, "its learning rate, cosine per epoch down to 1e-4", within=(0, None))
+    mlmt_weight_decay: float = option(1e-5, "its weight decay", within=(0, None))
     mlmt_blur: tuple[float, float] = option((0.1, 2.0), "range of the strong view's blur, in pixels")
     weak: bool = option(False, "image-level labels for all other images that have a mask (Table 7)")
     lambda_cons: float = option(1.0, "final weight of L_cons (Eq. 6)")
     cons: str = option("mse", "L_cons: mse of probabilities, or 1 - cosine of logits (released)", ("mse", "cosine"))
     cons_on: str = option("all", "images of L_cons (released: unlabelled)", ("all", "unlabelled"))
     burn_in: int = option(10, "epochs before L_cons")
-    ema: float = option(0.999, "the teacher's final decay")
+    ema: float = option(0.999, "the teacher's final decay", within=(0, 1))
     ema_buffers: str = option("keep", "the teacher's BN statistics: its own (keep), or the student's", ("keep", "copy"))
 
     tau: float = option(0.2, "classifier probability up to which a class is removed (Eq. 7)", group="fusion")
     background: tuple[int, ...] = option((0,), "ids of the classes that are never removed, or none")
     heuristics: bool = option(False, "with --evaluate: remove classes by their number of pixels instead (Table 5)")
-    count_step: int = option(1000, "its thresholds: 1 to 12 times this many pixels")
+    count_step: int = option(1000, "its thresholds: 1 to 12 times this many pixels", within=(1, None))
 
-    batch: int = option(8, "images per step over all processes, of each of the 3 streams", group="optimisation")
+    batch: int = option(8, "images per step over all processes, of each of the 3 streams", group="optimisation",
+                       within=(1, None))
     optimizer: str = option("sgd", "of S: sgd (momentum 0.9) or adam", ("sgd", "adam"))
-    lr: float = option(2.5e-4, "base learning rate of S (Sec. 4.1.3)")
-    backbone_lr_mult: float = option(1.0, "the backbone's multiple of it; the released code amounts to 3")
-    head_lr_mult: float | None = option(None, "the classification layers' multiple of it [10; 1 with --weights none]")
-    weight_decay: float = option(5e-4, "of S (Sec. 4.1.3)")
-    lr_d: float = option(1e-4, "learning rate of D (Sec. 4.1.3)")
+    lr: float = option(2.5e-4, "base learning rate of S (Sec. 4.1.3)", within=(0, None))
+    backbone_lr_mult: float = option(1.0, "the backbone's multiple of it; the released code amounts to 3", within=(0, None))
+    head_lr_mult: float | None = option(None, "the classification layers' multiple of it [10; 1 with --weights none]",
+                                        within=(0, None))
+    weight_decay: float = option(5e-4, "of S (Sec. 4.1.3)", within=(0, None))
+    lr_d: float = option(1e-4, "learning rate of D (Sec. 4.1.3)", within=(0, None))
 
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), group="machine")
     precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
                             ("auto", "fp32", "bf16", "fp16"))
     compile: bool = option(False, "torch.compile S and the classifier")
-    workers: int = option(4, "processes that decode and augment, per stream")
-    eval_every: int = option(1000, "steps between evaluations")
-    save_every: int = option(500, "steps between checkpoints")
-    log_every: int = option(20, "steps between log lines")
+    workers: int = option(4, "processes that decode and augment, per stream", within=(0, None))
+    eval_every: int = option(1000, "steps between evaluations", within=(1, None))
+    save_every: int = option(500, "steps between checkpoints", within=(1, None))
+    log_every: int = option(20, "steps between log lines", within=(1, None))
 
 
 PRESETS = {
@@ -197,6 +206,9 @@ PRESETS |= {  # not in the paper
     **dict.fromkeys(("sunrgbd", "sunrgbd13"), PRESETS["camvid"] | dict(labeled="1500", size=(480, 640)))}
 FREE = ("root", "download", "branch", "out", "evaluate", "predict", "images", "classifier", "segmenter", "heuristics",
         "device", "workers", "compile", "eval_every", "save_every", "log_every")  # may differ when a run is resumed
+OF_B = ("mlmt_method", "mlmt_backbone", "mlmt_weights", "mlmt_size", "mlmt_epochs", "mlmt_batch", "mlmt_batch_u", "mlmt_lr",
+        "mlmt_weight_decay", "mlmt_blur", "weak", "lambda_cons", "cons", "cons_on", "burn_in", "ema",
+        "ema_buffers")  # and these, until branch B has a checkpoint
 
 
 # ------------------------------------------------------------------------------------------------ models (Sec. 4.1.2)
@@ -605,20 +617,26 @@ def train(cfg):
     """Train, or resume, the branches of cfg.branch in cfg.out, then score them; ends with the `final:` line.
     -> final mIoU, 0..1; of a classifier alone its macro AUC"""
     ctx = Runtime(cfg.device, cfg.precision)
+    cfg.precision = ctx.precision  # config.json has what `auto` came to: a resumption must not change it
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)  # one draw for both branches
     unlabelled = unlabelled or list(range(len(data.train)))  # all are labelled: every stream has all of them
     always_kept(len(data.classes), cfg, ctx.device)
     folder, say = Path(cfg.out), partial(print, flush=True) if ctx.main else lambda *_: None
+    started = (folder / "mlmt/last.pt").exists()
+    if cfg.branch != "s4gan" and not started:  # mistakes that concern branch B are told now, not after branch A
+        ctx.share(cfg.mlmt_batch, "--mlmt-batch")
+        ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u")
+        load_weights(Classifier(cfg, 1).body, cfg.mlmt_backbone, cfg.mlmt_weights, lambda _: None, "--mlmt-weights")
     if ctx.main:
         folder.mkdir(parents=True, exist_ok=True)
-        keep_config(folder, cfg, FREE)
+        keep_config(folder, cfg, FREE if started else FREE + OF_B)
     ctx.barrier()
     ctx.catch_sigterm()
-    about = dict(config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
+    about = dict(script="s4gan_mlmt", config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette))
     say(f"{ctx}; {cfg.data}: {len(labelled)} labelled and {len(unlabelled)} unlabelled images, {len(data.val)} to score "
         f"({data.scored_on})")
-    if cfg.branch != "s4gan" and not cfg.background:
+    if cfg.branch != "s4gan" and PRESETS[cfg.data].get("branch") == "s4gan":
         data.notes += ("most classes are in most images here: expect little of the classifier (Sec. 4.2.1)",)
     for note in data.notes:
         say(note)
@@ -796,11 +814,13 @@ def train_mlmt(cfg, data, labelled, unlabelled, folder, about, ctx):
     torch.manual_seed(mix(cfg.seed, "init", "mlmt"))
     student = Classifier(cfg, num_classes)
     if not (folder / "last.pt").exists():
-        load_weights(student.body, cfg.mlmt_backbone, cfg.mlmt_weights, print if ctx.main else lambda _: None)
+        load_weights(student.body, cfg.mlmt_backbone, cfg.mlmt_weights, print if ctx.main else lambda _: None,
+                     "--mlmt-weights")
     student = ctx.synchronise_bn(student).to(ctx.device, memory_format=torch.channels_last)
     teacher = copy.deepcopy(student).requires_grad_(False) if semi else student
     optimizer = torch.optim.SGD(student.parameters(), cfg.mlmt_lr, momentum=0.9, nesterov=True,
                                 weight_decay=cfg.mlmt_weight_decay, fused=True)
+    ctx.new_scaler()
     holders = dict(net=teacher, student=student, optimizer=optimizer, scaler=ctx.scaler)
     step, best, best_step = resume(folder / "last.pt", holders, ctx)
     wrapped = ctx.wrap(student)
@@ -810,12 +830,13 @@ def train_mlmt(cfg, data, labelled, unlabelled, folder, about, ctx):
     views = partial(partial, two_views, cfg=cfg, num_classes=num_classes)
     stream_l = Stream(data.train, labelled, views(strong=False), cfg.seed, "mlmt labelled", True)
     stream_u = Stream(data.train, unlabelled, views(strong=True), cfg.seed, "mlmt unlabelled", False)
-    batches_l = endless(stream_l, ctx.share(cfg.mlmt_batch), step, cfg.workers, ctx)
-    batches_u = endless(stream_u, ctx.share(cfg.mlmt_batch_u), step, cfg.workers, ctx)
+    batches_l = endless(stream_l, ctx.share(cfg.mlmt_batch, "--mlmt-batch"), step, cfg.workers, ctx)
+    batches_u = endless(stream_u, ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u"), step, cfg.workers, ctx) if semi else None
     per_step = cfg.mlmt_batch + semi * cfg.mlmt_batch_u
     log = Log(folder, steps, cfg.log_every, step, per_step, ctx.device, ctx.main, ctx.mean)
-    log.say(f"branch B ({cfg.mlmt_method}): {len(labelled)} images with class labels, {len(unlabelled)} without; {steps} "
-            f"steps in {cfg.mlmt_epochs} epochs" + (f", resumed at {step}" if step else ""))
+    log.say(f"branch B ({cfg.mlmt_method}): {len(labelled)} images with class labels"
+            + (f", {len(unlabelled)} more for L_cons" if semi else "")
+            + f"; {steps} steps in {cfg.mlmt_epochs} epochs" + (f", resumed at {step}" if step else ""))
 
     def save_all():
         log.flush()
@@ -895,10 +916,11 @@ def resume(path, holders, ctx):
 def load(path, ctx, given=(), branch=None):
     """-> (net, cfg, state) from a checkpoint, with the flags that make sense for inference on top of its config"""
     state, where = checkpoint.load(path, ctx.device), {"s4gan": "runs/../last.pt", "mlmt": "runs/../mlmt/last.pt"}
-    if state.get("branch") not in ([branch] if branch else where):
+    if not isinstance(state, dict) or state.get("script") != "s4gan_mlmt" or branch not in (None, state["branch"]):
         kind = f"branch {branch}" if branch else "this script"
         raise UserError(f"{path} is not a checkpoint of {kind}: expected a file such as {where[branch or 's4gan']}")
-    useful = {*FREE, "data", "size", "eval_size", "eval_pad", "eval_crop", "tau", "background", "count_step", "precision"}
+    useful = {*FREE, "data", "size", "eval_size", "eval_pad", "eval_crop", "tau", "background", "count_step", "batch",
+              "precision"}
     if useless := sorted(set(given) - (useful - {"branch", "segmenter"})):
         raise UserError(f"--{useless[0].replace('_', '-')} has no effect on a trained network; {path} brings its own")
     cfg = from_dict(Config, state["config"], given)
@@ -932,6 +954,9 @@ def score_checkpoint(cfg, given):
         raise UserError(f"{cfg.evaluate} was trained on {len(state['classes'])} classes ({names}, ..), but --data {cfg.data} "
                         f"has {len(data.classes)} others: evaluate it on the dataset it was trained on")
     always_kept(len(data.classes), cfg, ctx.device)
+    if cfg.heuristics and not net:
+        raise UserError(f"--heuristics removes classes from predictions, and {cfg.evaluate} is a classifier: give a "
+                        f"checkpoint of branch A")
     lines = []
     if classifiers:
         truth, scores = classifier_scores(classifiers.values(), data, cfg, ctx)
@@ -968,11 +993,11 @@ def check(cfg, given):
     if cfg.supervised and {"loss", "mlmt_method"} & set(given):
         raise UserError("--supervised uses no unlabelled image, so --loss and --mlmt-method have no meaning with it")
     for name, meant, needs in (("classifier", cfg.evaluate or cfg.predict, "--evaluate or --predict"),
-                               ("heuristics", cfg.evaluate, "--evaluate"),
+                               ("heuristics", cfg.evaluate, "--evaluate"), ("count_step", cfg.heuristics, "--heuristics"),
                                ("segmenter", cfg.branch == "mlmt", "--branch mlmt")):
         if name in given and not meant:
-            raise UserError(f"--{name} works with {needs} only")
-    if cfg.network == "deeplabv3plus" and (useless := {"aspp_rates", "stride_on", "backbone_layers"} & set(given)):
+            raise UserError(f"--{name.replace('_', '-')} works with {needs} only")
+    if cfg.network == "deeplabv3plus" and (useless := {"aspp_rates", "stride_on"} & set(given)):
         raise UserError(f"--{sorted(useless)[0].replace('_', '-')} belongs to --network deeplabv2")
     if cfg.data == "cityscapes" and cfg.branch != "s4gan":
         raise UserError("--data cityscapes: most classes are in every image, so that a classifier has nothing to remove, "
@@ -980,15 +1005,16 @@ def check(cfg, given):
     if cfg.bn == "frozen" and cfg.input != "torchvision" and cfg.weights == "imagenet":
         raise UserError(f"--bn frozen keeps the statistics of torchvision's input: --input {cfg.input} does not fit, "
                         f"use --input torchvision")
+    if cfg.eval_size == "train" and not (cfg.size or cfg.eval_crop or cfg.evaluate or cfg.predict):
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
     if cfg.network == "deeplabv3plus" and cfg.batch < 2:
         raise UserError("--batch 1: batch normalisation after DeepLabv3+'s global pooling needs at least 2 images")
 
 
 def main(argv=None):
     cfg, given = parse(Config, PRESETS, argv, __doc__.partition("\n\n")[0])
-    if not (cfg.evaluate or cfg.predict):
-        if cfg.supervised and "branch" not in given:
-            cfg.branch = "s4gan"
+    if cfg.supervised and "branch" not in given:
+        cfg.branch = "s4gan"
     check(cfg, given)
     if cfg.evaluate:
         return score_checkpoint(cfg, given)
@@ -998,7 +1024,8 @@ def main(argv=None):
         cfg.loss, cfg.mlmt_method = "ce", "cnn"
     scratch = cfg.weights == "none"
     cfg.bn = cfg.bn or ("learn" if scratch else "affine")
-    cfg.head_lr_mult = cfg.head_lr_mult or (1.0 if scratch else 10.0)
+    if cfg.head_lr_mult is None:
+        cfg.head_lr_mult = 1.0 if scratch else 10.0
     cfg.mlmt_weights = cfg.mlmt_weights or ("none" if scratch else "imagenet")
     labels = Path(cfg.split).stem if cfg.split else cfg.labeled.replace("/", "_")
     kind = [cfg.loss] * (cfg.loss != LOSSES[-1]) + [cfg.mlmt_method] * (cfg.mlmt_method != "mlmt") + ["weak"] * cfg.weak

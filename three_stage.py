@@ -35,14 +35,17 @@ Deviations (paper / authors' code / here, and why)
   D12 Stride of conv3: - / on the first 1x1 / as code, although torchvision's weights had it on the 3x3: --stride-on.
   D13 VOC's scales: random / {0.5, .., 1.5}, window resized / same set, image resized, then cropped.
   D14 Baseline (--supervised): not described / absent / Stage 1, for as many steps as all stages together.
+  D15 Labels: the first of a stored permutation of all images / same / a seeded draw, theirs with --split. On VOC write
+      1/100, 1/50, 1/20 or 1/8: a bare count is drawn from VOC's own train list, as other papers do.
+  D16 Cityscapes at 512x1024: - / mean and majority of 2x2 pixels, also at validation / antialiased and nearest pixel.
 
 Commands
   python three_stage.py                                             first run: shapes, all stages, on a CPU in minutes
   python three_stage.py --supervised                                its baseline; the same command again resumes a run
-  python three_stage.py --data voc --root data --labeled 212        Table III
-  python three_stage.py --data voc --labeled 212 --weights resnet101COCO-41f33a49.pth --input-scale caffe  Table IV
-  torchrun --nproc_per_node=2 three_stage.py --data voc --labeled 212       the same on 2 GPUs, 5 images each
-  python three_stage.py --data voc --labeled 212 --stages 4         a run of 3 stages goes on with a fourth
+  python three_stage.py --data voc --root data --labeled 1/50       Table III, 212 labels
+  python three_stage.py --data voc --labeled 1/50 --weights resnet101COCO-41f33a49.pth --input-scale caffe  Table IV
+  torchrun --nproc_per_node=2 three_stage.py --data voc --labeled 1/50      the same on 2 GPUs, 5 images each
+  python three_stage.py --data voc --labeled 1/50 --stages 4        a run of 3 stages goes on with a fourth
   python three_stage.py --evaluate runs/.../last.pt                 or --predict runs/.../last.pt --images photos/
 """
 import copy
@@ -94,10 +97,10 @@ class Config:
     download: bool = option(False, "let torchvision download the data (voc)")
     labeled: str = option("all", "labelled images: a count (212), a fraction (1/8) or all")
     split: str = option("", "file that lists the labelled images, instead of a seeded draw")
-    seed: int = option(0, "seed of the draw, the initialisation and the augmentation")
+    seed: int = option(0, "seed of the draw, the initialisation and the augmentation", within=(0, None))
     supervised: bool = option(False, "the baseline: labelled images only, same network, all stages' steps together")
-    stages: int = option(3, "number of stages; a finished run can be continued with more")
-    steps: int = option(60000, "training steps of each stage (Sec. IV-B)")
+    stages: int = option(3, "number of stages; a finished run can be continued with more", within=(1, None))
+    steps: int = option(60000, "training steps of each stage (Sec. IV-B)", within=(1, None))
     stage1_share: float = option(1.0, "length of Stage 1 as a share of them")
     masks: str = option("", "folder of pseudo-masks (runs/.../stage2/pseudo): run the last stage alone, with them")
     check_masks: bool = option(True, "print the mIoU of the pseudo-masks on hidden labels, which nothing else reads")
@@ -107,23 +110,24 @@ class Config:
     images: str = option("", "folder of images for --predict")
 
     size: Size | None = option(None, "resize every image to this size", group="images")
-    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1 (Sec. IV-B)")
+    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1 (Sec. IV-B)",
+                                        within=(0.01, None))
     crop: Size | None = option(None, "random crop")
     flip: bool = option(True, "random horizontal flip")
-    shift: int = option(0, "random shift of up to this many pixels")
+    shift: int = option(0, "random shift of up to this many pixels", within=(0, None))
     static_void: bool = option(False, "ignore in L_pl what is void in every labelled mask (Cityscapes: the car itself)")
     eval_size: str = option("full", "score at the original size (full) or at --size (train)", ("full", "train"))
 
     strong: bool = option(True, "strong augmentation A, B; off: both are the identity (Table V)", group="augmentation")
-    draws: int = option(3, "operations drawn per image, each carried out with probability 1/2")
-    cutouts: int = option(3, "number of cutouts")
-    cutout: int = option(32, "side of a cutout in pixels")
+    draws: int = option(3, "operations drawn per image, each carried out with probability 1/2", within=(0, None))
+    cutouts: int = option(3, "number of cutouts", within=(0, None))
+    cutout: int = option(32, "side of a cutout in pixels", within=(0, None))
     aug_space: str = option("rgb", "where A works: on RGB, or on the normalised crop's range (released code)",
                             ("rgb", "minmax"))
 
     backbone: str = option("resnet101", "body of f (Sec. IV-B)", RESNETS, group="network")
     backbone_layers: int = option(4, "keep only the first 2 or 3 layers of the ResNet, for small images", (2, 3, 4))
-    aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of the classifiers; released code 6,12")
+    aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of the classifiers; released code 6,12", within=(1, None))
     weights: str = option("imagenet", "pretrained weights: imagenet (torchvision), none, or a state-dict file")
     input_scale: str = option("imagenet", "their input: of unit variance, or 0..255 less the mean, RGB or BGR",
                               ("imagenet", "caffe", "caffe_bgr"))
@@ -138,30 +142,32 @@ class Config:
     con_target: str = option("hard", "target of L_con: the teacher's argmax or its probabilities", ("hard", "soft"))
     con_ignore_padding: bool = option(False, "leave padding out of L_con")
     ignore_cut: bool = option(False, "leave the pixels under cutouts out of L_con and L_pl")
-    ema: float | None = option(None, "decay of the teacher [0.99 to 0.999 in four steps]; 0: no EMA (Table VI)")
+    ema: float | None = option(None, "decay of the teacher [0.99 to 0.999 in four steps]; 0: no EMA (Table VI)", within=(0, 1))
 
-    batch: int = option(10, "images per step over all processes, labelled ones included", group="optimisation")
-    batch_l: int | None = option(None, "labelled ones among them from Stage 2 on [by dataset and labels, else 1]")
-    lr: float = option(3e-5, "learning rate of the new layers, constant (Adam)")
+    batch: int = option(10, "images per step over all processes, labelled ones included", group="optimisation",
+                       within=(1, None))
+    batch_l: int | None = option(None, "labelled ones among them from Stage 2 on [by dataset and labels, else 1]",
+                                within=(1, None))
+    lr: float = option(3e-5, "learning rate of the new layers, constant (Adam)", within=(0, None))
     lr_groups: str | None = option(None, "share of the backbone: released (.1 .3 .4), nominal (.1) or literal (1) "
                                          "[released; literal with --weights none]", tuple(LR_GROUPS))
-    weight_decay: float = option(0.0, "on every parameter")
+    weight_decay: float = option(0.0, "on every parameter", within=(0, None))
 
     device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), group="machine")
     precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
                             ("auto", "fp32", "bf16", "fp16"))
     compile: bool = option(False, "torch.compile the networks")
-    workers: int = option(4, "processes that decode and augment, and threads that write masks")
-    eval_every: int = option(1000, "steps between evaluations")
-    save_every: int = option(500, "steps between checkpoints")
-    log_every: int = option(20, "steps between log lines")
+    workers: int = option(4, "processes that decode and augment, and threads that write masks", within=(0, None))
+    eval_every: int = option(1000, "steps between evaluations", within=(1, None))
+    save_every: int = option(500, "steps between checkpoints", within=(1, None))
+    log_every: int = option(20, "steps between log lines", within=(1, None))
 
 
 PRESETS = {
     "shapes": dict(labeled="40", steps=420, stage1_share=0.38, batch=12, batch_l=6, shift=6, cutout=16,
                    backbone="resnet18", backbone_layers=2, aspp_rates=(1, 3, 6), weights="none", lr=1.5e-3, ema=0.98,
                    lambda_con=0.25, lambda_pl=1.0, workers=0, eval_every=210, save_every=105),
-    "voc": dict(labeled="212", stage1_share=1 / 6, scale=(0.5, 1.5), crop=(321, 321)),
+    "voc": dict(labeled="1/50", stage1_share=1 / 6, scale=(0.5, 1.5), crop=(321, 321)),
     "cityscapes": dict(labeled="100", stage1_share=1 / 3, batch=5, size=(512, 1024), crop=(256, 512), static_void=True,
                        eval_size="train"),
     "camvid": dict(labeled="100", steps=10000, stage1_share=1 / 3, batch=5, size=(360, 480), crop=(256, 384),
@@ -209,7 +215,7 @@ class Segmenter(DeepLabV2):
 
     def forward(self, x):
         """[B, 3, H, W] -> logits [B, C, H, W]"""
-        return upsample(self.head(self.features(x)[1]).float(), x.shape[2:])
+        return upsample(self.head(self.features(x)[1]), x.shape[2:])
 
 
 class Branch(nn.Module):
@@ -224,7 +230,7 @@ class Branch(nn.Module):
 
     def forward(self, z4, z5, size):
         """outputs of conv4 and conv5 -> logits [B, C, *size]"""
-        return upsample(self.aspp(z5 if self.conv6 is None else self.conv6(z4)).float(), size)
+        return upsample(self.aspp(z5 if self.conv6 is None else self.conv6(z4)), size)
 
 
 def half_width(layer, bn):
@@ -260,7 +266,7 @@ class MultiTask(nn.Module):
     def forward(self, x, branch=True):
         """[B, 3, H, W] -> logits of f and of g (None without a branch), each [B, C, H, W]"""
         z4, z5 = self.f.features(x)
-        logits = upsample(self.f.head(z5).float(), x.shape[2:])
+        logits = upsample(self.f.head(z5), x.shape[2:])
         return logits, self.branch(z4, z5, x.shape[2:]) if branch and self.branch else None
 
     def train(self, mode=True):
@@ -274,7 +280,7 @@ def load_pretrained(f, cfg, say):
     load_weights(f.body, cfg.backbone, cfg.weights, say)
     if cfg.weights in ("none", "imagenet"):
         return
-    state, own, restored = torch.load(cfg.weights, map_location="cpu", weights_only=True), f.state_dict(), {}
+    state, own, restored = checkpoint.load(cfg.weights), f.state_dict(), {}
     state = next((state[k] for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)), state)
     for name, tensor in state.items():
         if found := re.search(r"(?:layer5\.conv2d_list|head\.branches)\.(\d+)\.(weight|bias)$", name):
@@ -285,7 +291,7 @@ def load_pretrained(f, cfg, say):
     say(f"classifier: {', '.join(restored) + ' restored' if restored else 'nothing to restore, random'}")
 
 
-# ------------------------------------------------------------------------------------------------ strong augmentation (Sec. III-A)
+# ------------------------------------------------------------------------------------------------ A and B (Sec. III-A)
 # A: strong(image) -> (Ax, I). I [H, W] holds for every pixel the place it comes from, y * W + x, or -1 for outside.
 # B: warp(mask, I). Image, teacher's output and pseudo-mask are gathered with this one map.
 
@@ -441,7 +447,7 @@ class Minibatches(Dataset):
     def __init__(self, data, labelled, masks, stage, cfg):
         split, self.num_classes, self.masks, self.cfg = data.train, len(data.classes), masks, cfg
         self.split = split
-        self.static = static_void(split, labelled, cfg.size) if cfg.static_void else None
+        self.static = static_void(split, labelled, cfg.size) if cfg.static_void and masks else None
         self.labelled = Stream(split, labelled, None, cfg.seed, f"labelled stage{stage}", True)
         self.mixed = Stream(split, range(len(split)), None, cfg.seed, f"mixed stage{stage}", False)
 
@@ -480,13 +486,13 @@ def read_mask(path, shape, num_classes):
     """A pseudo-mask, uint8 tensor [H, W]. UserError if it is not there, not of this shape or not of these classes."""
     try:
         with Image.open(path) as picture:
-            mask = torch.from_numpy(np.array(picture))
+            mask = np.array(picture)
     except (OSError, SyntaxError) as error:  # Pillow's errors for missing and damaged files
         raise UserError(f"{path}: cannot be read as a pseudo-mask ({error}), one for each training image") from error
-    if mask.shape != shape or mask.dtype != torch.uint8 or ((mask >= num_classes) & (mask != T.IGNORE)).any():
+    if mask.shape != shape or mask.dtype != np.uint8 or ((mask >= num_classes) & (mask != T.IGNORE)).any():
         raise UserError(f"{path}: expected a pseudo-mask of 8-bit ids 0..{num_classes - 1} with (height, width) = "
-                        f"{tuple(shape)}, found {mask.dtype} {tuple(mask.shape)} up to {mask.max()}")
-    return mask
+                        f"{tuple(shape)}, found {mask.dtype} {mask.shape} up to {mask.max()}")
+    return torch.from_numpy(mask)
 
 
 def resize_mask(mask, size):
@@ -583,6 +589,7 @@ def mask_quality(data, unlabelled, folder, cfg, ctx):
 def train(cfg):
     """Train, or resume, the run in cfg.out, stage by stage; ends with the `final:` line. -> final mIoU, 0..1"""
     ctx = Runtime(cfg.device, cfg.precision)
+    cfg.precision = ctx.precision  # config.json has what `auto` came to: a resumption must not change it
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     batch_l, weight = balance(cfg.data, len(labelled))
@@ -600,6 +607,11 @@ def train(cfg):
         raise UserError(f"--stages {cfg.stages}: {folder} holds a run of more stages; repeat its command, or choose "
                         f"another folder with --out")
     say = partial(print, flush=True) if ctx.main else lambda _: None
+    if cfg.masks and cfg.lambda_pl > 0:
+        missing = [path for i in range(len(data.train)) if not (path := mask_path(cfg.masks, data.train, i)).exists()]
+        if missing:
+            raise UserError(f"--masks {cfg.masks}: {len(missing)} of {len(data.train)} training images have no pseudo-mask "
+                            f"there, such as {missing[0]}")
     if ctx.main:
         folder.mkdir(parents=True, exist_ok=True)
         keep_config(folder, cfg, FREE if cfg.supervised or cfg.masks else (*FREE, "stages"))
@@ -615,10 +627,16 @@ def train(cfg):
         place = folder / f"stage{stage}"
         if not (place / "finished.pt").exists():
             f, confusion, _ = train_stage(stage, lengths, data, labelled, folder, cfg, ctx)
+            if ctx.stopping():
+                say(f"SIGTERM: stage {stage} is trained; the same command writes its pseudo-masks and goes on")
+                raise SystemExit(143)
+            ctx.catch_sigterm(False)  # the masks that are written stay, and the others follow
             write_pseudo_masks(f, data, place / "pseudo", cfg, ctx)
             quality = mask_quality(data, unlabelled, place / "pseudo", cfg, ctx) if cfg.check_masks else None
             if ctx.main:
                 checkpoint.save(place / "finished.pt", dict(miou=confusion.miou(), quality=quality))
+            del f  # it would stay on the device
+            ctx.catch_sigterm()
             ctx.barrier()
         state = checkpoint.load(place / "finished.pt")
         scores.append(f"S{stage} {100 * state['miou']:.1f}")
@@ -646,6 +664,7 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
     net = ctx.synchronise_bn(net).to(ctx.device, memory_format=torch.channels_last)
     teacher = copy.deepcopy(net).requires_grad_(False).eval() if stage > 1 else None
     optimizer = make_optimizer(net, cfg)
+    ctx.new_scaler()
     holders = dict(student=net, optimizer=optimizer, scaler=ctx.scaler) | (dict(teacher=teacher) if teacher else {})
     step, best, best_step = 0, 0.0, 0
     if resumed:
@@ -654,7 +673,8 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
         for name, holder in holders.items():
             holder.load_state_dict(state[name])
         del state  # it would stay on the device
-    about = dict(config=asdict(cfg), classes=list(data.classes), palette=torch.from_numpy(data.palette), stage=stage)
+    about = dict(script="three_stage", config=asdict(cfg), classes=list(data.classes),
+                 palette=torch.from_numpy(data.palette), stage=stage)
     wrapped, judge = ctx.wrap(net), teacher or net  # judge: the network that is scored and that writes the masks (D3)
     if cfg.compile:
         net.compile()
@@ -787,9 +807,9 @@ def stage_panel(f, stage, data, folder, cfg, ctx):
 def load_segmenter(path, given, ctx):
     """-> (f, cfg, state) from a checkpoint, with the flags that make sense for inference on top of its config"""
     state = checkpoint.load(path, ctx.device)
-    if not {"net", "config", "classes", "palette"} <= set(state):
+    if not isinstance(state, dict) or state.get("script") != "three_stage":
         raise UserError(f"{path} is not a checkpoint of this script: expected a file such as runs/.../last.pt")
-    useless = sorted(set(given) - {*FREE, "data", "size", "eval_size", "precision"})
+    useless = sorted(set(given) - {*FREE, "data", "size", "eval_size", "batch", "precision"})
     if useless:
         raise UserError(f"--{useless[0].replace('_', '-')} has no effect on a trained network; {path} brings its own "
                         f"settings")
@@ -834,8 +854,10 @@ def main(argv=None):
         return predict_images(cfg, given)
     if cfg.supervised and "masks" in given:
         raise UserError("--supervised uses no pseudo-masks, so --masks has no meaning with it: drop one of the two")
-    if cfg.stages < 1 or cfg.steps < 1 or cfg.stage1_share <= 0:
-        raise UserError("--stages, --steps, --stage1-share: expected at least one stage and step, and a share above 0")
+    if cfg.stage1_share <= 0:
+        raise UserError(f"--stage1-share {cfg.stage1_share}: expected a share above 0")
+    if cfg.eval_size == "train" and not cfg.size:
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
     if cfg.scale[0] != cfg.scale[1] and not cfg.crop:
         raise UserError("--scale gives images of many sizes, of which no minibatch can be made: give a --crop with it")
     if cfg.masks and cfg.stages < 2:

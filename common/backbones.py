@@ -8,6 +8,7 @@ import torchvision
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP as PooledASPP
 
+from common import checkpoint
 from common.settings import UserError
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
@@ -162,8 +163,9 @@ class DeepLabV3Plus(nn.Module):
 
 
 def upsample(x, size):
-    """Bilinear resizing that maps corner to corner, as DeepLab's logits are defined (8 cells + 1 <-> the crop's edges)."""
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
+    """Bilinear resizing that maps corner to corner, as DeepLab's logits are defined (8 cells + 1 <-> the crop's edges);
+    in fp32, because interpolated bf16 logits are equal in many pixels, where argmax would take the lower class."""
+    return F.interpolate(x.float(), size, mode="bilinear", align_corners=True)
 
 
 def hold_bn(module, policy):
@@ -181,7 +183,7 @@ def hold_bn(module, policy):
             norm.eval()
 
 
-def load_weights(backbone, name, weights, say=print):
+def load_weights(backbone, name, weights, say=print, flag="--weights"):
     """Fill a backbone from `imagenet` (torchvision's IMAGENET1K_V1, downloaded once), a state-dict file, or `none`.
 
     A file's keys are matched by name and shape after wrappers (`module.`, `backbone.`, `Scale.`, ..) are stripped;
@@ -194,20 +196,22 @@ def load_weights(backbone, name, weights, say=print):
             kind = torchvision.models.get_model_weights(name).IMAGENET1K_V1  # the papers' features; V2's differ
             state = kind.get_state_dict(progress=True, check_hash=True)
         except OSError as error:
-            raise UserError(f"--weights imagenet: torchvision could not download {name} ({error}); download it elsewhere "
-                            f"and pass the file with --weights FILE, or train from scratch with --weights none") from error
+            raise UserError(f"{flag} imagenet: torchvision could not download {name} ({error}); download it elsewhere "
+                            f"and pass the file with {flag} FILE, or train from scratch with {flag} none") from error
     else:
         if not Path(weights).is_file():
-            raise UserError(f"--weights {weights}: no such file; expected imagenet, none, or a state-dict file")
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+            raise UserError(f"{flag} {weights}: no such file; expected imagenet, none, or a state-dict file")
+        state = checkpoint.load(weights)
+        if not isinstance(state, dict):
+            raise UserError(f"{flag} {weights}: expected a state dict (names and tensors), not a {type(state).__name__}")
         state = next((state[k] for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)), state)
-    load_matching(backbone, state, weights, say)
+    load_matching(backbone, state, weights, say, flag)
 
 
-def load_matching(module, state, source, say=print):
+def load_matching(module, state, source, say=print, flag="--weights"):
     """Copy the tensors of `state` whose name (less wrapper prefixes) and shape fit `module`, and say what happened."""
     own = module.state_dict()
-    wrapper = re.compile(r"^(module|model|backbone|encoder|resnet|base|Scale|net)\.")
+    wrapper = re.compile(r"^(module|model|backbone|encoder|resnet|base|body|Scale|net)\.")
     matched, skipped = {}, []
     for name, tensor in state.items():
         while name not in own and wrapper.match(name):
@@ -220,7 +224,7 @@ def load_matching(module, state, source, say=print):
     say(f"weights {source}: {len(matched)} tensors matched, {len(skipped)} skipped{_few(skipped)}, "
         f"{len(missing)} missing{_few(missing)}")
     if missing:
-        raise UserError(f"--weights {source}: {len(missing)} tensors of the backbone are missing or differ in shape "
+        raise UserError(f"{flag} {source}: {len(missing)} tensors of the backbone are missing or differ in shape "
                         f"({', '.join(missing[:3])}): expected the state dict of the --backbone that was chosen")
     module.load_state_dict(matched, strict=False)
 

@@ -63,6 +63,8 @@ class Log:
         self._line_open = False                    # the cursor stands behind such a line
         self._warm = None                          # (time, step) at the end of the first step
         self._last_add = None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self._restart_clock()
         self._path, self._writer = folder / "log.csv", None
         if not main:
@@ -110,12 +112,18 @@ class Log:
         self._flush()
 
     def evaluated(self, step, **values):
-        """Write a row, and print a line, with the results of an evaluation, whose time is not counted."""
+        """Write a row, and print a line, with the results of an evaluation, whose time is not counted.
+
+        A finished run that is only scored again keeps the row it has.
+        """
         self._flush(end=self._last_add)
         if self.main:
             values = {name: float(value) for name, value in values.items()}
             self.say(f"step {step}/{self.total_steps}  evaluation:  {_show(values)}")
-            self._write(step, values)
+            again = self._last_add is None and any(
+                int(row["step"]) == step and row.get(name) for row in _read_csv(self._path)[1] for name in values)
+            if not again:
+                self._write(step, values)
         self._restart_clock()
 
     def say(self, text):

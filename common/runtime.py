@@ -27,12 +27,12 @@ class Runtime:
             torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if precision == "auto":
-            precision = ("bf16" if torch.cuda.is_bf16_supported() else "fp16") if cuda else "fp32"
+            precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
         if precision == "fp16" and not cuda:
             raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
         self.precision = precision
         self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")  # a no-op otherwise
+        self.new_scaler()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
         self._stop = False
@@ -40,6 +40,10 @@ class Runtime:
     def __str__(self):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
         return f"{self.world} x {name}, {self.precision}, torch {torch.__version__}"
+
+    def new_scaler(self):
+        """Begin with a fresh gradient scaler, as every training does; without fp16 it does nothing."""
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
@@ -68,10 +72,10 @@ class Runtime:
                 self.synchronise_bn(child)
         return module
 
-    def share(self, count):
+    def share(self, count, flag="--batch"):
         """This process's share of a global batch of `count`. Raises UserError when it cannot be split evenly."""
         if count % self.world:
-            raise UserError(f"--batch {count} cannot be split over {self.world} processes; use a multiple of {self.world}")
+            raise UserError(f"{flag} {count} cannot be split over {self.world} processes; use a multiple of {self.world}")
         return count // self.world
 
     def sum(self, tensor):
@@ -112,9 +116,9 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
-    def catch_sigterm(self):
-        """From now on SIGTERM only raises a flag, read by `stopping`."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_stop", True))
+    def catch_sigterm(self, catch=True):
+        """From now on SIGTERM only raises a flag, read by `stopping`; with `catch` off it ends the process at once."""
+        signal.signal(signal.SIGTERM, (lambda *_: setattr(self, "_stop", True)) if catch else signal.SIG_DFL)
 
     def stopping(self, due=True):
         """True once any process got SIGTERM. With several processes the answer is only asked for when `due`."""

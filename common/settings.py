@@ -20,9 +20,10 @@ class UserError(Exception):
 Size = typing.NewType("Size", tuple)  # (height, width), written `360x480`, or `320` for a square
 
 
-def option(default, help, choices=None, group=None):
-    """A dataclass field with its one-line help; `group` opens a new headed section of `--help`."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group})
+def option(default, help, choices=None, group=None, within=None):
+    """A dataclass field with its one-line help; `group` opens a new headed section of `--help`; `within` is the smallest
+    and the largest number that is accepted (None: no limit)."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group, "within": within})
 
 
 def _size(text):
@@ -32,12 +33,30 @@ def _size(text):
     return int(height), int(width or height)
 
 
-def _ids(text):
-    if text == "none":
-        return ()
-    if not all(part.strip().isdigit() for part in text.split(",")):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a comma-separated list of numbers, such as 0,1, or none")
-    return tuple(int(part) for part in text.split(","))
+def _number(kind, within):
+    low, high = within or (None, None)
+
+    def parse_number(text):
+        number = kind(text)
+        if low is not None and not number >= low or high is not None and not number <= high:
+            limits = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
+            raise argparse.ArgumentTypeError(f"{text}: expected {' and '.join(limits)}")
+        return number
+    parse_number.__name__ = kind.__name__  # argparse names it in "invalid float value"
+    return parse_number
+
+
+def _ids(within):
+    number = _number(int, within)
+
+    def parse_ids(text):
+        if text == "none" and not within:
+            return ()
+        if not all(part.strip().isdigit() for part in text.split(",")):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected a comma-separated list of numbers, such as 1,2"
+                                             + ("" if within else ", or none"))
+        return tuple(number(part) for part in text.split(","))
+    return parse_ids
 
 
 def _names(choices):
@@ -52,34 +71,42 @@ def _names(choices):
 
 def _add_flag(group, field, kind):
     """Turn one field into one flag. Fields typed `X | None` accept X; None stands for 'decided by the preset or run'."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    kind = _bare(kind)
     flag, meta = "--" + field.name.replace("_", "-"), field.metadata
-    default = "" if field.default is None or field.default == "" else f" [{_show(field.default)}]"
+    default = "" if field.default is None or field.default == "" else f" [{_show(field.default, kind)}]"
     words = {"help": (meta["help"] + default).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": field.name}
     if kind is bool:
         group.add_argument(flag, action=argparse.BooleanOptionalAction, **words)
     elif kind is Size:
         group.add_argument(flag, type=_size, metavar="HxW", **words)
     elif typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis:
-        items = _ids if typing.get_args(kind)[0] is int else _names(meta["choices"])
+        items = _ids(meta["within"]) if typing.get_args(kind)[0] is int else _names(meta["choices"])
         group.add_argument(flag, type=items, metavar="A,B,..", **words)
     elif typing.get_origin(kind) is tuple:
         numbers = typing.get_args(kind)
-        group.add_argument(flag, type=numbers[0], nargs=len(numbers), metavar=numbers[0].__name__.upper(), **words)
+        group.add_argument(flag, type=_number(numbers[0], meta["within"]), nargs=len(numbers),
+                           metavar=numbers[0].__name__.upper(), **words)
     else:
         metavar = None if meta["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
-        group.add_argument(flag, type=kind, choices=meta["choices"], metavar=metavar, **words)
+        group.add_argument(flag, type=kind if kind is str else _number(kind, meta["within"]), choices=meta["choices"],
+                           metavar=metavar, **words)
 
 
-def _show(value):
+def _bare(kind):
+    """`X | None` -> X"""
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return next(k for k in typing.get_args(kind) if k is not type(None))
+    return kind
+
+
+def _show(value, kind):
+    """A value as its flag takes it."""
     if isinstance(value, bool):
         return "on" if value else "off"
-    if isinstance(value, (tuple, list)):
-        if not value:
-            return "none"
-        return ("," if isinstance(value[0], str) else " ").join(map(str, value))
-    return str(value)
+    if not isinstance(value, (tuple, list)):
+        return str(value)
+    sign = "x" if _bare(kind) is Size else "," if typing.get_args(_bare(kind))[-1] is Ellipsis else " "
+    return sign.join(map(str, value)) or "none"
 
 
 def parse(config_class, presets, argv=None, description=""):
@@ -95,8 +122,26 @@ def parse(config_class, presets, argv=None, description=""):
         _add_flag(group, field, kinds[field.name])
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
+    for name, value in given.items():  # two numbers are a range
+        if isinstance(value, tuple) and kinds[name] != Size and len(typing.get_args(_bare(kinds[name]))) == 2 \
+                and Ellipsis not in typing.get_args(_bare(kinds[name])) and value[0] > value[1]:
+            parser.error(f"argument --{name.replace('_', '-')}: expected the smaller number first, not {value[0]} {value[1]}")
     data = given.get("data", config_class().data)
     return config_class(**{**presets.get(data, {}), **given}), given
+
+
+def exclusive(config, given, *names):
+    """Of these fields one may be given as a flag; it takes the place of the others that a preset has set.
+
+    Raises UserError when several are given.
+    """
+    chosen = [name for name in names if name in given]
+    if len(chosen) > 1:
+        flags = " and ".join("--" + name.replace("_", "-") for name in chosen)
+        raise UserError(f"{flags} exclude each other: give one of them")
+    for name in names if chosen else ():
+        if name not in chosen:
+            setattr(config, name, None)
 
 
 def from_dict(config_class, saved, given=()):
@@ -110,15 +155,16 @@ def keep_config(folder, config, free):
     """Write `config.json`, or, when the folder has one already, refuse a run that contradicts it.
 
     free: names of the fields that may change between a run and its resumption (they do not alter its result).
-    Raises UserError naming every difference.
+    A folder without a checkpoint holds no run yet. Raises UserError naming every difference.
     """
     path, now = Path(folder) / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists():
+    if path.exists() and next(Path(folder).rglob("*.pt"), None):
         before = json.loads(path.read_text())
         changed = [name for name in now if name not in free and before.get(name) != now[name]]
         if changed:
-            differences = "; ".join(f"--{name.replace('_', '-')} was {_show(before.get(name))}, now {_show(now[name])}"
-                                    for name in changed)
+            kinds = typing.get_type_hints(type(config))
+            differences = "; ".join(f"--{name.replace('_', '-')} was {_show(before.get(name), kinds[name])}, "
+                                    f"now {_show(now[name], kinds[name])}" for name in changed)
             raise UserError(f"{folder} holds a run with other settings ({differences}): "
                             f"repeat its command to resume it, or choose another folder with --out")
     temporary = path.with_suffix(".tmp")

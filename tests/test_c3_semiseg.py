@@ -1,5 +1,7 @@
 """c3_semiseg.py against the paper: each piece versus a slow, obvious version, or numbers worked out by hand; then runs."""
+import copy
 import csv
+import json
 import math
 import types
 
@@ -204,6 +206,9 @@ def test_color_jitter_is_four_adjustments_in_the_drawn_order():
     expected = c3.tvf.adjust_saturation(x, 0.7)
     expected = c3.tvf.adjust_hue(c3.tvf.adjust_brightness(expected, 0.5), 0.2)
     assert c3.color_jitter(x, script) == c3.tvf.adjust_contrast(expected, 1.5)
+    asked = []
+    c3.color_jitter(x, types.SimpleNamespace(permutation=np.arange, uniform=lambda *a: asked.append(a) or np.zeros(a[2:])))
+    assert asked == [(0.5, 1.5, 3), (-0.25, 0.25)]
 
 
 def test_rand_augment_draws():
@@ -237,8 +242,9 @@ def test_rotate():
     mark = torch.zeros(41, 41, dtype=torch.uint8)
     mark[20, 40] = 1  # a point on the right goes up when the angle is positive
     assert c3.rotate(image[:, :41, :41], mark, 10, Script(integers=[10]))[1].eq(1).nonzero().tolist() in ([[16, 40]], [[17, 40]])
-    draws = {int(np.random.default_rng(seed).integers(-10, 11)) for seed in range(300)}
-    assert draws == set(range(-10, 11))
+    asked = []
+    c3.rotate(image, mask, 10, types.SimpleNamespace(integers=lambda *limits: asked.append(limits) or 0))
+    assert asked == [(-10, 11)]
 
 
 def frame(seed=0):
@@ -612,9 +618,10 @@ def naive_contrast(sets, groups, cfg, r):
     """The same sampling, image by image and class by class, then Eq. 5 within each group"""
     members = [([], [], []) for _ in range(groups)]
     for f, keys, classes, logits in sets:
-        small = classes[:, ::4, ::4]
-        predicted = F.interpolate(logits, (8, 12), mode="bilinear", align_corners=False).argmax(1)
-        u = r.uniform(len(f), 96)
+        rows, columns = ([k * big // few for k in range(few)] for big, few in zip(classes.shape[1:], f.shape[2:]))
+        small = classes[:, rows][:, :, columns]
+        predicted = F.interpolate(logits, f.shape[2:], mode="bilinear", align_corners=False).argmax(1)
+        u = r.uniform(len(f), len(rows) * len(columns))
         for b in range(len(f)):
             for c in set(range(4)) - set(cfg.skip_classes):
                 cells = (small[b].flatten() == c).nonzero().flatten()
@@ -742,7 +749,7 @@ def test_run_folder(whole, capsys, tiny):
     assert sorted(column(whole, "loss_sup")) == sorted(column(whole, "loss_contrast")) == [1, 2, 3, 4, 5, 6]
     assert sorted(column(whole, "loss_consist")) == sorted(column(whole, "kept")) == [4, 5, 6]
     assert sorted(column(whole, "miou")) == sorted(column(whole, "miou_teacher")) == [6]
-    assert column(whole, "w_consist") == {4: 50, 5: 50, 6: 50}
+    assert column(whole, "w_consist") == {4: 2.63, 5: 2.63, 6: 2.63}
     here(*tiny, "--steps", 6, "--out", whole)  # finished: only scored again
     assert capsys.readouterr().out.strip().splitlines()[-1].startswith("final: mIoU ")
 
@@ -790,6 +797,83 @@ def test_inv4_teacher_gets_no_gradient(tiny, tmp_path, monkeypatch):
     assert mode == [(0, True, True, 2), (1, False, False, 2), (0, True, True, 4)]  # burn-in; teacher; one mixed batch
     assert all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in student.parameters())
+
+
+@pytest.mark.parametrize("keys", ["student", "teacher"])
+def test_four_steps_by_hand(tiny, tmp_path, keys):
+    """Two steps of the burn-in and two behind it, from the samples, boxes and weights on: image by image, Eq. 1 to 7."""
+    here(*tiny, "--steps", 4, "--lr", 2e-4, "--burn-in", 0.5, "--consist-ramp", 1, "--contrast-ramp", 0.5, "--lambda-1", 50,
+         "--lambda-2", 0.5, "--divide-by-classes", "--dcrs-init", 0.3, "--dcrs-beta", 0.5, "--keys", keys, "--out", tmp_path)
+    cfg = c3.from_dict(c3.Config, json.loads((tmp_path / "config.json").read_text()))
+    data = c3.open_dataset("folder", tiny[-1])
+    labelled, unlabelled = choose_labelled(data, "5", "", 0)
+    stream_l = c3.Stream(data.train, labelled, c3.Augment(cfg, True), 0, "labelled", True)
+    stream_u = c3.Stream(data.train, unlabelled, c3.Augment(cfg, False), 0, "unlabelled", False)
+    torch.manual_seed(c3.mix(0, "init"))
+    student, thresholds, expected = c3.Segmenter(cfg, 4).train(), [0.3] * 4, []
+    start = {name: w.clone() for name, w in student.named_parameters()}
+    optimizer = torch.optim.Adam(student.parameters())
+    for step in range(4):
+        lr = 2e-4 * (1 - step / 4) ** 0.9
+        optimizer.param_groups[0]["lr"] = lr
+        x_l, y_l = (torch.stack(part) for part in zip(*(stream_l[2 * step + k] for k in range(2))))
+        draw, w_consist, w_contrast = CTX.random(0, "views", step), 0.0, 0.5 * math.exp(-5 * max(0, 1 - step / 2) ** 2)
+        row = {}
+        if step < 2:
+            logits, f = student(x_l)
+            loss_consist, sets = 0, [(f, f, y_l, logits)]
+        else:
+            at = 2 * (step - 2)
+            x_t, x_s, valid = (torch.stack(part) for part in zip(*(stream_u[at + k] for k in range(2))))
+            if step == 2:
+                teacher = copy.deepcopy(student).eval()
+            else:  # alpha of the second step is 8/9; so are BN's statistics averaged
+                with torch.no_grad():
+                    mine = student.state_dict()
+                    teacher.load_state_dict({name: 8 / 9 * w + 1 / 9 * mine[name] if w.is_floating_point() else w
+                                             for name, w in teacher.state_dict().items()})
+            with torch.no_grad():
+                q, keys_u = teacher(x_t)
+                _, keys_l = teacher(x_l)
+                q = q.softmax(1)
+            cut = CTX.random(0, "cutmix", step)
+            order, box = c3.pairing("cross", 1, 2, cut).tolist(), c3.boxes(2, (32, 32), cut)
+            images, mixed = [*x_l, *x_s], [None] * 4
+            for k in range(2):
+                a, b = images[order[k]], images[order[k + 2]]
+                mixed[k], mixed[k + 2] = torch.where(box[k], b, a), torch.where(box[k], a, b)
+            outputs, logits, f = student(torch.stack(mixed)), [None] * 4, [None] * 4
+            for k in range(2):  # every image's own pixels, from the two mixtures that they went to
+                for parts, output in zip((logits, f), outputs):
+                    inside = F.interpolate(box[k][None].float(), output.shape[2:])[0] > 0
+                    parts[order[k]] = torch.where(inside, output[k + 2], output[k])
+                    parts[order[k + 2]] = torch.where(inside, output[k], output[k + 2])
+            logits, f = torch.stack(logits), torch.stack(f)
+            thresholds = naive_thresholds(q, valid, thresholds, 0.8, 0.5)
+            confidence, predicted = q.max(1)
+            keep = valid & (confidence >= torch.tensor(thresholds)[predicted])
+            loss_consist = -(q * logits[2:].log_softmax(1)).sum(1)[keep].mean() / 4
+            w_consist = 50 * math.exp(-5 * (1 - (step - 2) / 4) ** 2)
+            row = dict(loss_consist=loss_consist, w_consist=w_consist, kept=keep.float().mean(),
+                       threshold=sum(thresholds) / 4)
+            sets = [(f[:2], keys_l if keys == "teacher" else f[:2].detach(), y_l, logits[:2]),
+                    (f[2:], keys_u, torch.where(keep, predicted, 255), logits[2:])]
+            logits = logits[:2]
+        loss_sup = F.cross_entropy(logits, y_l, ignore_index=255)
+        loss_contrast = 1.5 * naive_contrast(sets, 1, cfg, draw)
+        optimizer.zero_grad()
+        (loss_sup + w_consist * loss_consist + w_contrast * loss_contrast).backward()
+        optimizer.step()
+        expected.append(dict(loss_sup=loss_sup, loss_contrast=loss_contrast, w_contrast=w_contrast, lr=lr, **row))
+    assert 0 < expected[2]["kept"] < 1 and 0 < expected[3]["kept"] < 1
+    for name in expected[-1]:
+        got = column(tmp_path, name)
+        assert got == pytest.approx({k + 1: torch.as_tensor(row[name]).item() for k, row in enumerate(expected)
+                                     if name in row}, rel=2e-3), name
+    end = last(tmp_path)["student"]
+    apart = torch.cat([(end[name] - w.detach()).abs().flatten() for name, w in student.named_parameters()])
+    moved = torch.cat([(end[name] - w).abs().flatten() for name, w in start.items()])
+    assert moved.mean() > 2e-4 and (apart < 0.05 * moved.mean()).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -842,7 +926,8 @@ def test_two_processes_equal_one(tiny, tmp_path):
         one, two = column(tmp_path / "one", name), column(tmp_path / "two", name)
         assert list(one) == list(two) and len(one) == (4 if name in ("loss_sup", "loss_contrast") else 2), name
         assert list(one.values()) == pytest.approx(list(two.values()), rel=2e-3), name
-    assert list(column(tmp_path / "two", "loss_contrast").values())[:2] == [0, 0] and min(two.values()) > 0
+    contrast = list(column(tmp_path / "two", "loss_contrast").values())
+    assert contrast[:2] == [0, 0] and min(contrast[2:]) > 0
     one, two = last(tmp_path / "one"), last(tmp_path / "two")
     torch.testing.assert_close(one["thresholds"], two["thresholds"], rtol=1e-3, atol=0)
     for name in one["student"]:
@@ -862,7 +947,7 @@ def test_every_flag_of_the_method_changes_the_training(tiny, tmp_path, monkeypat
             ["--teacher-aug", "S"], ["--student-aug", "W"], ["--student-aug", "S"], ["--dcrs", 0.3], ["--dcrs", 1],
             ["--dcrs-beta", 0.1], ["--dcrs-init", 0.9], ["--skip-classes", "0,1"], ["--tau", 0.5], ["--views", 4],
             ["--contrast-scale", 1],
-            ["--no-divide-by-classes"], ["--keys", "teacher"], ["--ema", 0.1], ["--no-ema-warmup"], ["--burn-in", 0.7],
+            ["--divide-by-classes"], ["--keys", "teacher"], ["--ema", 0.1], ["--no-ema-warmup"], ["--burn-in", 0.7],
             ["--no-contrast-burn-in"], ["--consist-ramp", 1], ["--contrast-ramp", 1], ["--groups", 2], ["--bn", "frozen"],
             ["--bn", "affine"], ["--head-init", "normal"], ["--aspp-rates", "1,2,3"], ["--backbone-lr-mult", 0.1], ["--rotate", 0],
             ["--no-flip"], ["--scales", 1, 1.5, 2], ["--crop", 40], ["--long-side", 64], ["--seed", 1], ["--labeled", 4],
@@ -909,16 +994,30 @@ def test_evaluate_and_predict(whole, tiny, tmp_path, capsys):
     assert sorted(p.suffix for p in (tmp_path / "png").iterdir()) == [".png", ".png"]
 
 
+def test_the_teacher_as_the_headline(tiny, tmp_path, capsys):
+    """From the burn-in's end on: before, there is only the student, and its best is forgotten."""
+    here(*tiny, "--steps", 4, "--eval-every", 1, "--eval-net", "teacher", "--out", tmp_path)
+    assert sorted(column(tmp_path, "miou_student")) == [3, 4] and sorted(column(tmp_path, "miou")) == [1, 2, 3, 4]
+    assert column(tmp_path, "best")[3] == column(tmp_path, "miou")[3]
+    state, best = last(tmp_path), checkpoint.load(tmp_path / "best.pt")
+    assert state["net_is"] == best["net_is"] == "teacher" and best["step"] in (3, 4)
+    assert same_state(dict(state["net"]), {name[4:]: w for name, w in state["teacher"].items() if name.startswith("net.")})
+    here("--evaluate", tmp_path / "last.pt", "--root", tiny[-1], "--eval-net", "student")
+    assert f"mIoU {100 * column(tmp_path, 'miou_student')[4]:.1f} on 2 val images, student" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags, said", [
     ("--groups 3 --batch 4", "--batch 4 cannot be divided into 3 groups"), ("--groups 0", "--groups 0 cannot be spread"),
-    ("--batch 3 --mix intra", "needs an even number"), ("--views 1", "--views of at least 2"),
-    ("--tau 0", "--tau above 0"), ("--dcrs -1", "--dcrs of at least 0"), ("--burn-in 2", "--burn-in from 0 to 1"),
-    ("--aspp-rates 0,6", "--aspp-rates of at least 1"), ("--steps 3 --epochs 2", "--steps and --epochs"),
+    ("--batch 3 --mix intra", "needs an even number"), ("--views 1", "--views: 1: expected at least 2"),
+    ("--tau 0", "--tau: 0: expected"), ("--dcrs -1", "--dcrs: -1: expected"), ("--burn-in 2", "at least 0 and at most 1"),
+    ("--aspp-rates 0,6", "--aspp-rates: 0: expected at least 1"), ("--steps 3 --epochs 2", "--steps and --epochs"),
+    ("--size 40", "--size and --long-side"), ("--skip-classes 4", "has the classes 0 to 3"),
     ("--supervised --eval-net teacher", "--eval-net teacher: there is none"), ("--labeled 100000", "100000"),
     ("--weights nowhere.pth --steps 1", "no such file")])
-def test_mistakes(tiny, tmp_path, flags, said):
-    with pytest.raises(UserError, match=said):
+def test_mistakes(tiny, tmp_path, capsys, flags, said):
+    with pytest.raises((UserError, SystemExit)) as stop:
         here(*tiny, *flags.split(), "--out", tmp_path / "run")
+    assert said in f"{stop.value} {capsys.readouterr().err}"
 
 
 def test_mistakes_with_checkpoints(whole, tiny, tmp_path):
@@ -932,7 +1031,5 @@ def test_mistakes_with_checkpoints(whole, tiny, tmp_path):
         here("--evaluate", whole / "best.pt", "--lr", 1)
     with pytest.raises(UserError, match="--tau was 0.15, now 0.5"):
         here(*tiny, "--steps", 6, "--out", whole, "--tau", 0.5)
-    with pytest.raises(UserError, match="give --size or --crop"):
-        c3.check(config(data="folder", batch=4), 1)
     with pytest.raises(UserError, match="--groups 4 cannot be spread over 3 processes"):
-        c3.check(config(batch=4), 3)
+        c3.check(config(batch=4), 4, 3)

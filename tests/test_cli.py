@@ -9,7 +9,8 @@ import pytest
 from conftest import ROOT, run_script
 
 import cct
-from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
+from common import checkpoint
+from common.settings import Size, UserError, exclusive, from_dict, keep_config, option, parse, run
 
 SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))}
 
@@ -23,7 +24,8 @@ class Toy:
     ids: tuple[int, ...] = option((0,), "ids")
     flip: bool = option(False, "mirror", group="images")
     steps: int = option(5, "steps")
-    lr: float | None = option(None, "rate")
+    lr: float | None = option(None, "rate", within=(0, 1))
+    rates: tuple[int, ...] = option((6, 12), "rates", within=(1, None))
 
 
 def test_precedence_of_default_preset_and_flag():
@@ -45,7 +47,9 @@ def test_every_kind_of_value():
     ("--unknown 1", "unrecognized arguments: --unknown"), ("--step 3", "unrecognized arguments: --step"),
     ("--steps many", "invalid int value: 'many'"), ("--data c", "invalid choice: 'c'"),
     ("--size 36by48", "HEIGHTxWIDTH"), ("--size 0", "HEIGHTxWIDTH"), ("--kinds z", "list of x, y"), ("--ids a", "list of numbers"),
-    ("--scale 1", "expected 2 arguments")])
+    ("--scale 1", "expected 2 arguments"), ("--scale 2 1", "--scale: expected the smaller number first, not 2.0 1.0"),
+    ("--lr -1", "-1: expected at least 0 and at most 1"), ("--lr nan", "at least 0"), ("--lr 2", "at most 1"),
+    ("--rates 0,6", "0: expected at least 1"), ("--rates none", "list of numbers, such as 1,2")])
 def test_wrong_flags_exit_2_with_a_sentence(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         parse(Toy, {}, flags.split())
@@ -55,11 +59,54 @@ def test_wrong_flags_exit_2_with_a_sentence(capsys, flags, said):
 def test_config_survives_json_and_checkpoint(tmp_path):
     config = Toy(size=(3, 4), lr=0.5)
     keep_config(tmp_path, config, free=())
+    keep_config(tmp_path, Toy(size=(5, 6), lr=0.1), free=())  # without a checkpoint there is no run to contradict
+    keep_config(tmp_path, config, free=())
+    (tmp_path / "last.pt").touch()
     keep_config(tmp_path, config, free=())  # the same again is fine
     assert from_dict(Toy, dataclasses.asdict(config), dict(steps=1)) == dataclasses.replace(config, steps=1)
-    with pytest.raises(UserError, match=r"--size was 3 4, now 3 5; --ids was 0, now none"):
+    with pytest.raises(UserError, match=r"--size was 3x4, now 3x5; --ids was 0, now none"):
         keep_config(tmp_path, Toy(size=(3, 5), ids=(), lr=0.5), free=("lr",))
     keep_config(tmp_path, Toy(size=(3, 4), lr=0.7), free=("lr",))
+
+
+def test_defaults_are_shown_as_they_are_written(capsys):
+    with pytest.raises(SystemExit):
+        parse(Toy, {}, ["--help"])
+    text = capsys.readouterr().out
+    assert all(words in text for words in ("rates [6,12]", "ids [0]", "range [0.5 2.0]", "mirror [off]"))
+
+
+def test_exclusive_flags():
+    presets = {"a": dict(steps=7)}
+    config, given = parse(Toy, presets, ["--lr", "0.5"])
+    exclusive(config, given, "steps", "lr")
+    assert (config.steps, config.lr) == (None, 0.5)
+    config, given = parse(Toy, presets, [])
+    exclusive(config, given, "steps", "lr")
+    assert config.steps == 7
+    with pytest.raises(UserError, match="--steps and --lr exclude each other"):
+        exclusive(config, dict(steps=1, lr=1), "steps", "lr")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_numbers_out_of_range_are_refused(capsys, script):
+    module = SCRIPTS[script]
+    for flags in ("--eval-every 0", "--save-every 0", "--log-every 0", "--batch 0", "--seed -1", "--workers -1", "--lr -1",
+                  "--steps 0"):
+        with pytest.raises(SystemExit) as stop:
+            module.main(flags.split())
+        assert stop.value.code == 2 and "expected at least" in capsys.readouterr().err, flags
+    with pytest.raises(UserError, match="--eval-size train scores at --size"):
+        module.main("--data voc --eval-size train".split())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_checkpoint_of_another_script_is_refused(tmp_path, script):
+    checkpoint.save(tmp_path / "other.pt", dict(script="another", branch="s4gan", net={}, config={}, classes=[], palette=[]))
+    checkpoint.save(tmp_path / "list.pt", [1, 2])
+    for name in ("other.pt", "list.pt"):
+        with pytest.raises(UserError, match=f"{name} is not a checkpoint of this script"):
+            SCRIPTS[script].main(["--evaluate", str(tmp_path / name)])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -81,7 +128,8 @@ def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
     ("--steps 3 --epochs 2", "--steps and --epochs"), ("--supervised --method vat", "--supervised uses no unlabelled"),
     ("--data voc --root /nowhere", "/nowhere"), ("--evaluate nothing.pt", "no checkpoint at nothing.pt"),
     ("--evaluate README.md", "not a checkpoint"), ("--device cuda", "no CUDA device"), ("--precision fp16", "needs a CUDA"),
-    ("--weights nowhere.pth --steps 1 ", "no such file"), ("--background 99", "--background 99"),
+    ("--weights nowhere.pth --steps 1 ", "no such file"), ("--data voc --size 64 --long-side 80", "exclude each other"),
+    ("--weights README.md --steps 1", "README.md is not a checkpoint"), ("--background 99", "--background 99"),
     ("--labeled 100000", "100000"), ("--batch 1", "at least 2 images"), ("--dropout 1", "below 1")])
 def test_a_users_mistake_is_one_sentence(tmp_path, capsys, flags, said):
     if said in ("no CUDA device", "needs a CUDA") and cct.torch.cuda.is_available():

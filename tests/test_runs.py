@@ -52,8 +52,9 @@ def test_run_folder_and_output(whole):
 
 def test_finished_run_is_not_trained_again(whole, tiny, capsys):
     folder, output = whole
-    before = last(folder)
+    before, log = last(folder), (folder / "log.csv").read_text()
     run_here(*tiny, "--steps", 8, "--out", folder)
+    assert (folder / "log.csv").read_text() == log
     assert capsys.readouterr().out.strip().splitlines()[-1] == output.strip().splitlines()[-1]
     assert same_state(before, last(folder))
 

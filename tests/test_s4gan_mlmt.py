@@ -488,6 +488,9 @@ def test_two_views():
     (student, teacher), z = s4.two_views(image, None, np.random.default_rng(0), cfg, C, True)
     assert z is None and (torch.equal(teacher, plain) or torch.equal(teacher, plain.flip(2)))
     assert student.std() < 0.8 * plain.std() and student.shape == (3, 32, 32)
+    cfg.mlmt_blur = (0.0, 0.0)  # which leaves the jitter
+    (student, teacher), _ = s4.two_views(image, None, np.random.default_rng(0), cfg, C, True)
+    assert min((student - view).abs().mean() for view in (plain, plain.flip(2))) > 0.05
 
 
 def test_jitter_changes_brightness_contrast_saturation_and_hue():
@@ -496,6 +499,11 @@ def test_jitter_changes_brightness_contrast_saturation_and_hue():
     means = torch.stack([o.mean() for o in outs]) / image.float().mean()
     assert 0.55 < means.min() < 0.75 and 1.25 < means.max() < 1.45
     assert any((o.argmax(0) != image.argmax(0)).any() for o in outs)  # hues turned
+    asked, script = [], types.SimpleNamespace(permutation=lambda n: np.array([2, 0, 3, 1]))
+    script.uniform = lambda low, high: asked.append((low, high)) or 0.05 + (high > 1) / 2
+    expected = s4.tvf.adjust_hue(s4.tvf.adjust_brightness(s4.tvf.adjust_saturation(image, 0.55), 0.55), 0.05)
+    assert torch.equal(s4.jittered(image, script), s4.tvf.adjust_contrast(expected, 0.55))
+    assert asked == [(0.6, 1.4), (0.6, 1.4), (-0.1, 0.1), (0.6, 1.4)]
 
 
 def test_centre_square_of_pcontext():
@@ -989,7 +997,38 @@ def test_deeplabv3plus_and_bf16_resume(tiny, tmp_path, monkeypatch):
     assert same_state(last(tmp_path / "whole"), last(tmp_path / "torn"))
 
 
+def test_all_labelled_uses_all_images_as_unlabelled_ones_too(tiny, small, tmp_path, capsys):
+    root = fixtures.make_folder(tmp_path / "data", n_unlabeled=0)
+    go(*tiny, "--root", root, "--labeled", "all", "--steps", 1, "--mlmt-epochs", 1, "--out", tmp_path / "run")
+    assert "6 labelled and 6 unlabelled" in capsys.readouterr().out
+
+
+def test_mistakes_of_branch_b_are_told_before_branch_a(tiny, small, tmp_path, monkeypatch):
+    """And its settings can be changed until it has begun."""
+    run = [*tiny, "--steps", 1, "--mlmt-epochs", 1, "--out", tmp_path]
+    with pytest.raises(UserError, match="--mlmt-weights nofile.pth: no such file"):
+        go(*run, "--mlmt-weights", "nofile.pth")
+    assert not list(tmp_path.rglob("*.pt"))
+    go(*run, "--branch", "s4gan")
+    go(*run, "--mlmt-batch", 3)
+    with pytest.raises(UserError, match="--mlmt-batch was 3, now 2"):
+        go(*run)
+
+
+def test_pairs_that_do_not_belong_together(whole, tiny, small, tmp_path, capsys):
+    a, b = whole[0] / "last.pt", checkpoint.load(whole[0] / "mlmt/last.pt")
+    checkpoint.save(tmp_path / "seed.pt", b | dict(config=b["config"] | dict(seed=7)))
+    go("--evaluate", a, "--classifier", tmp_path / "seed.pt")
+    assert "were not trained with the same labelled images" in capsys.readouterr().out
+    checkpoint.save(tmp_path / "classes.pt", b | dict(classes=["x"] * 4))
+    with pytest.raises(UserError, match="were trained on different classes"):
+        go("--evaluate", a, "--classifier", tmp_path / "classes.pt")
+    with pytest.raises(UserError, match="was trained on 4 classes .x, x, x, ..., but --data folder has 4 others"):
+        go("--evaluate", tmp_path / "classes.pt")
+
+
 @pytest.mark.parametrize("flags, said", [
+    ("--evaluate B --heuristics", "is a classifier"), ("--count-step 5", "--heuristics only"),
     ("--data cityscapes --branch both", "Sec. 4.2.1"), ("--supervised --loss ce+fm", "--loss"),
     ("--heuristics", "--evaluate only"), ("--classifier a.pt", "--predict only"),
     ("--segmenter a.pt", "--branch mlmt only"), ("TINY --background 99", "--background 99"),
