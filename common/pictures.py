@@ -185,6 +185,8 @@ def line_plot(panels, path, x_label="step"):
     drawn = []  # per panel: title, entries, range of y, ticks
     for text, series in panels:
         entries = _legible(series)
+        if x_label != "step":  # a last value means something in time only
+            entries = [(name, "", points) for name, _, points in entries]
         low, high = _span([v for _, _, points in entries for _, v in points if math.isfinite(v)])
         air = 0.04 * (high - low)  # keeps the curves off the frame, but leaves zero on it
         low, high = low - air * (low != 0), high + air

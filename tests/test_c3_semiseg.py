@@ -1,6 +1,7 @@
 """c3_semiseg.py against the paper: each piece versus a slow, obvious version, or numbers worked out by hand; then runs."""
 import copy
 import csv
+import hashlib
 import json
 import math
 import types
@@ -711,6 +712,14 @@ def test_inv24_published_splits(seed, head):
     assert {n: len(unlabelled) for n, (_, unlabelled) in lists.items()} == {6: 2969, 100: 2875, 372: 2603, 744: 2231}
     assert set(lists[6][0]) < set(lists[100][0]) < set(lists[372][0]) < set(lists[744][0])
     assert all(not set(a) & set(b) for a, b in lists.values())
+
+
+def test_published_lists_are_recognised(monkeypatch):
+    keys, names = ["jena_000088_000019", "aachen_000000_000019"], "train/aachen/aachen_000000_000019\ntrain/jena/jena_000088_000019"
+    monkeypatch.setitem(c3.PUBLISHED, 5, {2: hashlib.sha256(names.encode()).hexdigest()[:16]})
+    assert c3.published(config(data="cityscapes", seed=5), keys) == ["labelled images: the published list of 2 for seed 5"]
+    assert c3.published(config(data="cityscapes", seed=5), [*keys[:1], "bochum_000000_000313"])[0].count("NOT the published") == 1
+    assert c3.published(config(data="camvid", seed=5), keys) == c3.published(config(data="cityscapes", seed=6), keys) == []
 
 
 # ---- runs
