@@ -1,6 +1,7 @@
 """Device, precision, processes and randomness: one code path for CPU and CUDA, one process and torchrun."""
 import os
 import signal
+import time
 from contextlib import nullcontext
 
 import numpy as np
@@ -127,8 +128,10 @@ class Runtime:
         return due and bool(self.sum(torch.tensor(float(self._stop), device=self.device)))
 
     def close(self):
+        """Leave the group of processes."""
         if dist.is_initialized():
-            dist.destroy_process_group()
+            time.sleep(0.5)  # gloo's threads need the GIL to let go of their last tensors, and the group's end, which
+            dist.destroy_process_group()  # holds the GIL, waits for them: too early, it waits for ever (torch 2.11)
 
     def random(self, *key):
         """Random numbers for this process's share of a global batch, a pure function of `key` (ints or strings)."""

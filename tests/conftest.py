@@ -38,10 +38,15 @@ def run_script(*arguments, script="cct.py", processes=1, check=0, timeout=120):
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    done = subprocess.run([*launch, str(ROOT / script), *map(str, arguments)], env=ENV, cwd=ROOT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
-    assert done.returncode == check, done.stdout
-    return done.stdout
+    process = subprocess.Popen([*launch, str(ROOT / script), *map(str, arguments)], env=ENV, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        kill(process)
+        raise
+    assert process.returncode == check, output
+    return output
 
 
 def start_script(*arguments, script="cct.py"):
