@@ -786,7 +786,7 @@ def main(argv=None):
     exclusive(cfg, given, "steps", "epochs")
     exclusive(cfg, given, "size", "long_side")
     if cfg.eval_size == "train" and not cfg.size:
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     scratch = cfg.weights == "none"
     cfg.bn = cfg.bn or ("learn" if scratch else "frozen")
     cfg.head_init = cfg.head_init or ("pytorch" if scratch else "normal")

@@ -736,7 +736,7 @@ def main(argv=None):
     exclusive(cfg, given, "steps", "epochs")
     exclusive(cfg, given, "size", "long_side")
     if cfg.eval_size == "train" and not cfg.size:
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     scratch = cfg.weights == "none"
     cfg.decoder_init = cfg.decoder_init or ("identity" if scratch else "icnr")
     if cfg.backbone_lr_mult is None:

@@ -1006,7 +1006,7 @@ def check(cfg, given):
         raise UserError(f"--bn frozen keeps the statistics of torchvision's input: --input {cfg.input} does not fit, "
                         f"use --input torchvision")
     if cfg.eval_size == "train" and not (cfg.size or cfg.eval_crop or cfg.evaluate or cfg.predict):
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     if cfg.network == "deeplabv3plus" and cfg.batch < 2:
         raise UserError("--batch 1: batch normalisation after DeepLabv3+'s global pooling needs at least 2 images")
 

@@ -857,7 +857,7 @@ def main(argv=None):
     if cfg.stage1_share <= 0:
         raise UserError(f"--stage1-share {cfg.stage1_share}: expected a share above 0")
     if cfg.eval_size == "train" and not cfg.size:
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or drop --eval-size")
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     if cfg.scale[0] != cfg.scale[1] and not cfg.crop:
         raise UserError("--scale gives images of many sizes, of which no minibatch can be made: give a --crop with it")
     if cfg.masks and cfg.stages < 2:

@@ -122,9 +122,9 @@ def parse(config_class, presets, argv=None, description=""):
         _add_flag(group, field, kinds[field.name])
     given = {name: tuple(value) if isinstance(value, list) else value
              for name, value in vars(parser.parse_args(argv)).items()}
-    for name, value in given.items():  # two numbers are a range
-        if isinstance(value, tuple) and kinds[name] != Size and len(typing.get_args(_bare(kinds[name]))) == 2 \
-                and Ellipsis not in typing.get_args(_bare(kinds[name])) and value[0] > value[1]:
+    for name, value in given.items():
+        items = typing.get_args(_bare(kinds[name]))
+        if len(items) == 2 and Ellipsis not in items and value[0] > value[1]:  # two numbers are a range
             parser.error(f"argument --{name.replace('_', '-')}: expected the smaller number first, not {value[0]} {value[1]}")
     data = given.get("data", config_class().data)
     return config_class(**{**presets.get(data, {}), **given}), given
