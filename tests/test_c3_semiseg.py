@@ -1043,3 +1043,13 @@ def test_mistakes_with_checkpoints(whole, tiny, tmp_path):
         here(*tiny, "--steps", 6, "--out", whole, "--tau", 0.5)
     with pytest.raises(UserError, match="--groups 4 cannot be spread over 3 processes"):
         c3.check(config(batch=4), 4, 3)
+
+
+@pytest.mark.slow
+def test_compile(tiny, tmp_path):
+    run = [*tiny, "--steps", 3, "--lr", 1e-4, "--burn-in", 0.4, "--dcrs-init", 0.2]
+    here(*run, "--out", tmp_path / "eager")
+    here(*run, "--compile", "--out", tmp_path / "compiled")
+    for name in ("loss_sup", "loss_consist", "loss_contrast"):
+        eager, compiled = column(tmp_path / "eager", name), column(tmp_path / "compiled", name)
+        assert min(eager.values()) > 0 and eager == pytest.approx(compiled, rel=1e-2), name
