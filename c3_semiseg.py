@@ -528,6 +528,8 @@ def evaluate(net, data, cfg, ctx):
 
 def scoring_size(cfg):
     """Size at which images are scored; None: each at its own (Cityscapes: 512x1024, BDD100K: its own 720x1280)"""
+    if cfg.eval_size == "train" and not cfg.size:
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     return cfg.size if cfg.eval_size == "train" else None
 
 
@@ -785,8 +787,7 @@ def main(argv=None):
         return predict_images(cfg, given)
     exclusive(cfg, given, "steps", "epochs")
     exclusive(cfg, given, "size", "long_side")
-    if cfg.eval_size == "train" and not cfg.size:
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
+    scoring_size(cfg)  # a mistake in it is told now, not after the first steps
     scratch = cfg.weights == "none"
     cfg.bn = cfg.bn or ("learn" if scratch else "frozen")
     cfg.head_init = cfg.head_init or ("pytorch" if scratch else "normal")

@@ -519,6 +519,8 @@ def evaluate(net, data, cfg, ctx):
 
 def scoring_size(cfg):
     """Size at which images are scored; None: each at its own (App. I: VOC; all others at the training size)"""
+    if cfg.eval_size == "train" and not cfg.size:
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     return cfg.size if cfg.eval_size == "train" else None
 
 
@@ -735,8 +737,7 @@ def main(argv=None):
         raise UserError("--supervised uses no unlabelled image, so --method has no meaning with it: drop one of the two")
     exclusive(cfg, given, "steps", "epochs")
     exclusive(cfg, given, "size", "long_side")
-    if cfg.eval_size == "train" and not cfg.size:
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
+    scoring_size(cfg)  # a mistake in it is told now, not after the first steps
     scratch = cfg.weights == "none"
     cfg.decoder_init = cfg.decoder_init or ("identity" if scratch else "icnr")
     if cfg.backbone_lr_mult is None:

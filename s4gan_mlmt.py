@@ -521,6 +521,8 @@ def evaluate(net, data, cfg, ctx, classifier=None):
 
 def scoring_size(cfg):
     """Size to which images are resized to be scored (Cityscapes, CamVid); None: their own, or --eval-crop's square"""
+    if cfg.eval_size == "train" and not (cfg.size or cfg.eval_crop):
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     return cfg.size if cfg.eval_size == "train" else None
 
 
@@ -600,6 +602,13 @@ def auc(scores, truth, cfg):
     areas = torch.tensor([roc(s, t)[2] for s, t in zip(scores.T, truth.T)])
     fpr, tpr, micro = roc(scores.flatten(), truth.flatten())
     return areas.nanmean().item(), micro, fpr, tpr
+
+
+def in_words(macro, micro):
+    """The AUCs as a line for the user"""
+    if math.isnan(macro):
+        return "AUC not defined, because every class is in all scored images or in none"
+    return f"AUC macro {macro:.4f}, micro {micro:.4f}"
 
 
 def roc_picture(curves, path):
@@ -854,7 +863,7 @@ def train_mlmt(cfg, data, labelled, unlabelled, folder, about, ctx):
         if ctx.main:
             roc_picture(dict(zip(("teacher", "student") if semi else ("cnn",), areas)), folder / "roc.png")
             log.curves({"losses": "loss", "AUC": "auc", "weight and learning rate": ("w_", "lr")})
-        return macro, f"AUC macro {macro:.4f} (best {best:.4f} at step {best_step}), micro {micro:.4f}"
+        return macro, in_words(macro, micro) + (f" (best macro {best:.4f} at step {best_step})" if best else "")
 
     student.train()
     teacher.train()  # on its own views: batch statistics, and running ones of its own
@@ -961,7 +970,7 @@ def score_checkpoint(cfg, given):
     if classifiers:
         truth, scores = classifier_scores(classifiers.values(), data, cfg, ctx)
         areas = {path: auc(score, truth, cfg) for path, score in zip(classifiers, scores)}
-        lines += [f"{path}: AUC macro {macro:.4f}, micro {micro:.4f}" for path, (macro, micro, *_) in areas.items()]
+        lines += [f"{path}: {in_words(macro, micro)}" for path, (macro, micro, *_) in areas.items()]
         if ctx.main:
             roc_picture(areas, Path(given.get("out") or Path(next(iter(classifiers))).parent) / "roc.png")
     if net and cfg.heuristics:
@@ -1005,8 +1014,6 @@ def check(cfg, given):
     if cfg.bn == "frozen" and cfg.input != "torchvision" and cfg.weights == "imagenet":
         raise UserError(f"--bn frozen keeps the statistics of torchvision's input: --input {cfg.input} does not fit, "
                         f"use --input torchvision")
-    if cfg.eval_size == "train" and not (cfg.size or cfg.eval_crop or cfg.evaluate or cfg.predict):
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     if cfg.network == "deeplabv3plus" and cfg.batch < 2:
         raise UserError("--batch 1: batch normalisation after DeepLabv3+'s global pooling needs at least 2 images")
 
@@ -1020,6 +1027,7 @@ def main(argv=None):
         return score_checkpoint(cfg, given)
     if cfg.predict:
         return predict_images(cfg, given)
+    scoring_size(cfg)  # a mistake in it is told now, not after the first steps
     if cfg.supervised:
         cfg.loss, cfg.mlmt_method = "ce", "cnn"
     scratch = cfg.weights == "none"

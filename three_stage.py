@@ -531,6 +531,8 @@ def evaluate(logits_of, names, data, cfg, ctx):
 
 def scoring_size(cfg):
     """Size at which images are scored; None: each at its own"""
+    if cfg.eval_size == "train" and not cfg.size:
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
     return cfg.size if cfg.eval_size == "train" else None
 
 
@@ -856,8 +858,7 @@ def main(argv=None):
         raise UserError("--supervised uses no pseudo-masks, so --masks has no meaning with it: drop one of the two")
     if cfg.stage1_share <= 0:
         raise UserError(f"--stage1-share {cfg.stage1_share}: expected a share above 0")
-    if cfg.eval_size == "train" and not cfg.size:
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
+    scoring_size(cfg)  # a mistake in it is told now, not after the first steps
     if cfg.scale[0] != cfg.scale[1] and not cfg.crop:
         raise UserError("--scale gives images of many sizes, of which no minibatch can be made: give a --crop with it")
     if cfg.masks and cfg.stages < 2:

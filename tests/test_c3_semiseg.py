@@ -1030,6 +1030,27 @@ def test_mistakes(tiny, tmp_path, capsys, flags, said):
     assert said in f"{stop.value} {capsys.readouterr().err}"
 
 
+@pytest.mark.parametrize("data", ["cityscapes", "bdd100k", "camvid", "voc"])
+def test_real_formats(tmp_path, capsys, data):
+    """Trees in the datasets' real formats, with each preset's own augmentation; --eval-size at the two sizes."""
+    root = getattr(fixtures, f"make_{data}")(tmp_path / "data")
+    small = ["--backbone", "resnet18", "--backbone-layers", 2, "--weights", "none", "--aspp-rates", "1,2", "--batch", 2,
+             "--groups", 1, "--steps", 2, "--burn-in", 0.5, "--workers", 0, "--crop", "40x48"]
+    small += {"voc": ["--long-side", 64], "bdd100k": []}.get(data, ["--size", "48x64"])
+    here("--data", data, "--root", root, "--labeled", 2, *small, "--out", tmp_path / "run")
+    output = capsys.readouterr().out
+    assert "2 labelled" in output and "final: mIoU" in output
+    evaluate, scored = ["--evaluate", tmp_path / "run/last.pt", "--root", root, "--eval-size"], []
+    if data in ("voc", "bdd100k"):
+        with pytest.raises(UserError, match="--eval-size train scores at --size, which is not set here"):
+            here(*evaluate, "train")
+        return
+    for eval_size in ("full", "train"):
+        here(*evaluate, eval_size)
+        scored.append(capsys.readouterr().out)
+    assert scored[0] != scored[1]
+
+
 def test_mistakes_with_checkpoints(whole, tiny, tmp_path):
     root = tiny[-1]
     with pytest.raises(UserError, match="both networks are in last.pt"):

@@ -364,6 +364,8 @@ def test_eq17_eta():
     cfg = cct.Config(steps=72960)  # 80 epochs of 912
     values = [cct.eta(t, cfg, 21) for t in (0, 14592, 29184)]
     assert values == pytest.approx([0.04762, 0.83003, 0.89426], abs=5e-6)
+    sooner = config(steps=cfg.steps, eta_length=cfg.eta_length / 2, eta_final=0.8)
+    assert cct.eta(7296, sooner, 21) == pytest.approx((1 - math.exp(-2.5)) * (0.8 - 1 / 21) + 1 / 21)
     values = [cct.eta(t, cfg, 21) for t in range(0, 72961, 4560)]
     assert values == sorted(values) and 0.8999 < values[-1] < 0.9  # Eq. 17 does not stop at T
 

@@ -1015,6 +1015,12 @@ def test_mistakes_of_branch_b_are_told_before_branch_a(tiny, small, tmp_path, mo
         go(*run)
 
 
+def test_auc_that_is_not_defined_is_said():
+    macro, micro, *_ = s4.auc(torch.rand(5, 3), torch.ones(5, 3), config(background=()))
+    assert math.isnan(macro) and "every class is in all scored images" in s4.in_words(macro, micro)
+    assert s4.in_words(0.5, 0.25) == "AUC macro 0.5000, micro 0.2500"
+
+
 def test_pairs_that_do_not_belong_together(whole, tiny, small, tmp_path, capsys):
     a, b = whole[0] / "last.pt", checkpoint.load(whole[0] / "mlmt/last.pt")
     checkpoint.save(tmp_path / "seed.pt", b | dict(config=b["config"] | dict(seed=7)))
