@@ -823,10 +823,10 @@ def test_finished_run_is_not_trained_again(whole, tiny, capsys):
 
 
 def test_kill_9_at_random_moments_then_resume_is_bit_equal(whole, tiny, tmp_path):
-    """Kills fall into the writing of pseudo-masks and into Stages 2 and 3, steps and saves alike."""
+    """Kills fall into every stage, steps and saves alike, and into the writing of pseudo-masks."""
     rng, folder = random.Random(0), tmp_path / "run"
-    marks = [lambda: len(list(folder.glob("stage1/pseudo/train/*.png"))) > 1, lambda: (folder / "stage2/last.pt").exists(),
-             lambda: (folder / "stage3/last.pt").exists()]
+    marks = [lambda: (folder / "stage1/last.pt").exists(), lambda: len(list(folder.glob("stage1/pseudo/train/*.png"))) > 1,
+             lambda: (folder / "stage2/last.pt").exists(), lambda: (folder / "stage3/last.pt").exists()]
     for reached in marks:
         process = start_script(*tiny, "--out", folder, script="three_stage.py")
         wait_for(lambda: process.poll() is not None or reached())
