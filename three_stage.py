@@ -1,59 +1,62 @@
-"""Three-Stage Self-Training for Semi-Supervised Semantic Segmentation (Ke, Aviles-Rivero, Pandey, Reddy, Schoenlieb)
+"""Three-Stage: A Three-Stage Self-Training Framework for Semi-Supervised Semantic Segmentation
+(Ke, Aviles-Rivero, Pandey, Reddy, Schoenlieb; IEEE TIP 2022)
 
-A DeepLabv2 f is trained several times from the same pretrained weights. Stage 1 sees the labelled images L; its argmax
-gives a pseudo-mask for every training image of L u U. Stage 2 adds consistency between f on a strongly augmented image
-and f's EMA teacher on the weak one, and a second task: a branch g on f's shared layers predicts the pseudo-masks, so
-that their errors shape the features and are never a target of f. Its teacher writes better masks, from which Stage 3
-starts over with a branch that shares all but the classifier. Only f is kept. TIP 2022.
+A DeepLabv2 f is trained several times from the same pretrained weights. Stage 1 sees the labelled
+images L; its argmax gives a pseudo-mask for every image of L u U. Stage 2 adds consistency between
+f on a strongly augmented image and f's EMA teacher on the weak one, and a second task: a branch g
+on f's shared layers predicts the pseudo-masks, so that their errors never become a target of f. Its
+teacher writes better masks for Stage 3, whose branch shares all but the classifier. Only f is kept.
 
 Map (paper -> this file)
-  Eq. 1 L_con                    consistency               Sec. III-A A, B            strong, warp
-  Eq. 2 L_seg, Eq. 3 L_pl        cross_entropy             Sec. III-A theta'          alpha, train_stage
-  Eq. 4, 5 L^(2), L^(3)          train_stage, last lines   Sec. III-B y^ = argmax f   write_pseudo_masks
-  Alg. 1                         train                     Sec. IV-B batches, lambda  balance, PRESETS
-  Tables I, VII f, g^, g~        Segmenter, Branch         Sec. IV-A mIoU             evaluate
-  Table II, III, IV              PRESETS, --weights        Fig. 2 curves              two columns of log.csv
-  Table V CR, T2, SA, N2         --lambda-con 0, --lambda-pl 0, --no-strong, --branch-stage3 ghat
-  Table VI EMA                   --ema 0                   Fig. 3 lambda, Fig. 4, 5   --lambda-con, stage_panel
+  Eq. 1 L_con                 consistency            Sec. III-A A, B (common/) strong, warp
+  Eq. 2 L_seg, Eq. 3 L_pl     cross_entropy          Sec. III-A EMA theta'     alpha
+  Eq. 4, 5 L^(2), L^(3)       train_stage            Sec. III-B y^ = argmax f  write_pseudo_masks
+  Algorithm 1                 train                  Sec. IV-A mIoU            evaluate
+  Table I, VII f, g^, g~      Segmenter, Branch      Sec. IV-B minibatches     Minibatches, BALANCE
+  Table II, III, IV           PRESETS, --weights     Fig. 2 curves             log.csv
+  Table V CR, T2, SA, N2      --lambda-con 0, --lambda-pl 0, --no-strong, --branch-stage3 ghat
+  Table VI EMA                --ema 0                Fig. 3; Fig. 4, 5         --lambda-con; stage*/
 
-Deviations (paper / authors' code / here, and why)
-  D1  Sub-batch sizes: L u U 1, L 4 or 9 / labelled 1, mixed 4 or 9 / as code: else there is almost no consistency.
-  D2  Target of L_con: the teacher's output / its argmax / argmax, --con-target soft. No threshold, no ramp anywhere.
-  D3  Evaluated, and writer of the masks: student / EMA teacher (Stage 1: student), last weights / as code; both logged.
-  D4  EMA: decay not given / 0.99, .995 at 20k, .9975 at 40k, .999 at 50k of 60k steps / the same shares of --steps.
-  D5  lr: 3e-5 / backbone 0.1 of it, but repeated updates make it .1 (conv1), .3, .4 (shortcuts) / these: --lr-groups.
-  D6  Stage 1: 60k steps / 20k of batch 4 (Cityscapes), 10k (VOC) / those steps of --batch; --stage1-share 1 is 60k.
-  D7  ASPP: four rates / the first two, by mistake / four, --aspp-rates 6,12. Outputs of g: C / C + 1 / C.
-  D8  A: RandAugment, Cutout / 14 operations of random level, 3 cutouts, on the normalised crop's min-max range / the
-      same on RGB (--aug-space minmax). Fill: - / grey, then altered by later operations / grey to the end.
-  D9  B: - / image and labels warped by separate calls, up to 0.3 % of the pixels apart / one index map for all.
-  D10 Ignored: - / in both losses what A moves in from outside; in L_pl padding and Cityscapes' ego vehicle (a drawn
-      mask) / the same, the latter as the pixels that are void in every labelled mask (--static-void). Pixels under
-      cutouts count, --ignore-cut; padding counts in L_con, --con-ignore-padding.
-  D11 From scratch (--weights none) frozen BN and N(0, 0.01) cannot train: BN then learns (--bn), the EMA covers its
-      statistics, conv6 starts as torchvision's ResNets do, and every layer has the same lr.
-  D12 Stride of conv3: - / on the first 1x1 / as code, although torchvision's weights had it on the 3x3: --stride-on.
-  D13 VOC's scales: random / {0.5, .., 1.5}, window resized / same set, image resized, then cropped.
-  D14 Baseline (--supervised): not described / absent / Stage 1, for as many steps as all stages together.
-  D15 Labels: the first of a stored permutation of all images / same / a seeded draw, theirs with --split. On VOC write
-      1/100, 1/50, 1/20 or 1/8: a bare count is drawn from VOC's own train list, as other papers do.
-  D16 Cityscapes at 512x1024: - / mean and majority of 2x2 pixels, also at validation / antialiased and nearest pixel.
+Deviations: what the paper says, what the authors' code does, what is done here and why
+  D1  The paper gives L u U one image of a minibatch and L the others. In the code it is the other
+      way round, as here: else there would be almost no consistency.
+  D2  The paper leaves open whether L_con's target is hard. The code and we take the teacher's
+      argmax, without threshold or ramp; --con-target soft takes its probabilities.
+  D3  Algorithm 1 scores the student and writes the masks with it (--writer student). The code takes
+      the EMA teacher after the last step (in Stage 1 the student), as here. Both are logged.
+  D4  The paper gives no EMA decay. The code's is 0.99, then 0.995, 0.9975 and 0.999 from 20k, 40k
+      and 50k of 60k steps on; ours changes at the same shares of --steps.
+  D5  The paper's learning rate is 3e-5. The code's backbone has a tenth of it, but repeated updates
+      of its parameters make that .1 (conv1), .3 and .4 (shortcuts), as here: --lr-groups.
+  D6  Every stage of the paper has 60k steps. The code's Stage 1 has 20k (Cityscapes, of 4 images)
+      or 10k (VOC), and so has ours, of --batch images; --stage1-share 1 is the paper's.
+  D7  The paper's ASPP has four rates, and ours; the code adds up the first two only, by mistake:
+      --aspp-rates 6,12. The code's g has C + 1 outputs, the paper's and ours C.
+  D8  RandAugment and Cutout are only cited. Ours are the code's, but on RGB (not on the min-max
+      range of the normalised crop), their fill stays grey, and one map moves image and masks.
+  D9  Both losses ignore what A moves in; L_pl also ignores padding and Cityscapes' car itself: in
+      the code a drawn mask, here what is void in every labelled mask. Cutouts are not ignored.
+  D10 From scratch (--weights none) frozen BN and N(0, 0.01) cannot train: BN learns (--bn), also in
+      the teacher, conv6 starts as torchvision's ResNets do, and all layers have one learning rate.
+  D11 The stride of conv3 is on the first 1x1 convolution, as in the code, although torchvision's
+      weights were trained with it on the 3x3: --stride-on.
+  D12 The baseline (--supervised), which neither has, is Stage 1 with the steps of all stages.
+  D13 Labels are drawn by --seed; the authors' are the first of a stored permutation: --split. On
+      VOC write 1/100, 1/50, 1/20 or 1/8: a bare count is drawn from VOC's own train list.
 
 Commands
-  python three_stage.py                                             first run: shapes, all stages, on a CPU in minutes
-  python three_stage.py --supervised                                its baseline; the same command again resumes a run
-  python three_stage.py --data voc --root data --labeled 1/50       Table III, 212 labels
-  python three_stage.py --data voc --labeled 1/50 --weights resnet101COCO-41f33a49.pth --input-scale caffe  Table IV
-  torchrun --nproc_per_node=2 three_stage.py --data voc --labeled 1/50      the same on 2 GPUs, 5 images each
-  python three_stage.py --data voc --labeled 1/50 --stages 4        a run of 3 stages goes on with a fourth
-  python three_stage.py --evaluate runs/.../last.pt                 or --predict runs/.../last.pt --images photos/
+  python three_stage.py                                       first run: shapes, on a CPU in minutes
+  python three_stage.py --supervised                          its baseline; again: resumes
+  python three_stage.py --data voc --download --labeled 1/50  the paper's Table III, 212 labels
+  torchrun --nproc_per_node=2 three_stage.py --data voc       the same on 2 GPUs, 5 images each
+  python three_stage.py --evaluate runs/.../last.pt           score a checkpoint
+  python three_stage.py --predict runs/.../last.pt --images photos/                     palette PNGs
 """
-import copy
 import math
-import re
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -63,151 +66,152 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from common import checkpoint
 from common import transforms as T
 from common.backbones import ASPP, RESNETS, DeepLabV2, hold_bn, load_weights, upsample
+from common.checkpoint import load_network, open_checkpoint, same_classes
+from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, choose_labelled, open_dataset
-from common.inference import predict_folder
-from common.log import Log
+from common.inference import Examples, predict_folder
 from common.miou import ConfusionMatrix
-from common.pictures import prediction_panel, save_mask
-from common.runtime import Runtime, mix
-from common.schedules import update_ema
-from common.settings import Size, UserError, from_dict, keep_config, option, parse, run
-from common.streams import Scored, Stream, endless, once, to_device
+from common.pictures import save_mask
+from common.randaugment import strong, warp
+from common.random import mix
+from common.run_folder import RunFolder
+from common.runtime import Runtime
+from common.schedules import make_teacher, update_ema
+from common.settings import ANY, BaseConfig, UserError, flag, option
+from common.streams import Stream, endless, once, to_device
 
-BALANCE = {  # Sec. IV-B, from this many labels on: (labels, labelled images of a minibatch, lambda_1 = lambda_2)
-    "cityscapes": ((100, 1, 1 / 2), (1488, 3, 1 / 2)),
-    "voc": ((106, 1, 1 / 4), (529, 1, 5 / 4), (1323, 2, 5 / 8))}
-LR_GROUPS = {  # learning rates of conv1, the other backbone layers, and their shortcuts, as shares of --lr (D5)
+BALANCE = {  # Sec. IV-B: (from this many labels on, labelled images of a minibatch, both lambdas)
+    "cityscapes": ((0, 1, 1 / 2), (1448, 3, 1 / 2)),  # 1448 in the text, 1488 in Table II
+    "voc": ((0, 1, 1 / 4), (529, 1, 5 / 4), (1323, 2, 5 / 8))}
+LR_GROUPS = {  # shares of --lr: conv1, the other layers of the backbone, their shortcuts (D5)
     "released": (0.1, 0.3, 0.4), "nominal": (0.1, 0.1, 0.1), "literal": (1.0, 1.0, 1.0)}
-ALPHA = ((1 / 3, 0.99), (2 / 3, 0.995), (5 / 6, 0.9975), (math.inf, 0.999))  # D4: until this share of a stage's steps
-GREY = 127  # what A fills in
+CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)  # of R, G, B
+SEMI = dict(supervised=False)  # what a flag needs to have an effect
 
 
-# ------------------------------------------------------------------------------------------------ settings
+# ---------------------------------------------------------------------- settings
 
 @dataclass
-class Config:
-    data: str = option("shapes", "dataset", DATASETS, group="run")
-    root: str = option("data", "folder of the data: the dataset's own or its parent")
-    download: bool = option(False, "let torchvision download the data (voc)")
-    labeled: str = option("all", "labelled images: a count (212), a fraction (1/8) or all")
-    split: str = option("", "file that lists the labelled images, instead of a seeded draw")
-    seed: int = option(0, "seed of the draw, the initialisation and the augmentation", within=(0, None))
-    supervised: bool = option(False, "the baseline: labelled images only, same network, all stages' steps together")
-    stages: int = option(3, "number of stages; a finished run can be continued with more", within=(1, None))
+class Config(BaseConfig):
+    data: str = option("shapes", "dataset", DATASETS, group="run", scoring=True)
     steps: int = option(60000, "training steps of each stage (Sec. IV-B)", within=(1, None))
-    stage1_share: float = option(1.0, "length of Stage 1 as a share of them")
-    masks: str = option("", "folder of pseudo-masks (runs/.../stage2/pseudo): run the last stage alone, with them")
-    check_masks: bool = option(True, "print the mIoU of the pseudo-masks on hidden labels, which nothing else reads")
-    out: str = option("", "run folder [runs/three_stage-<data>-<labeled>-seed<k>]; the same command resumes the run")
-    evaluate: str = option("", "score this checkpoint and exit")
-    predict: str = option("", "write palette PNGs of --images with this checkpoint and exit")
-    images: str = option("", "folder of images for --predict")
-
-    size: Size | None = option(None, "resize every image to this size", group="images")
-    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1 (Sec. IV-B)",
-                                        within=(0.01, None))
-    crop: Size | None = option(None, "random crop")
     flip: bool = option(True, "random horizontal flip")
-    shift: int = option(0, "random shift of up to this many pixels", within=(0, None))
-    static_void: bool = option(False, "ignore in L_pl what is void in every labelled mask (Cityscapes: the car itself)")
-    eval_size: str = option("full", "score at the original size (full) or at --size (train)", ("full", "train"))
+    backbone: str = option("resnet101", "body of f (Sec. IV-B)", RESNETS)
 
-    strong: bool = option(True, "strong augmentation A, B; off: both are the identity (Table V)", group="augmentation")
-    draws: int = option(3, "operations drawn per image, each carried out with probability 1/2", within=(0, None))
-    cutouts: int = option(3, "number of cutouts", within=(0, None))
-    cutout: int = option(32, "side of a cutout in pixels", within=(0, None))
-    aug_space: str = option("rgb", "where A works: on RGB, or on the normalised crop's range (released code)",
-                            ("rgb", "minmax"))
+    stages: int = option(3, "number of stages; a finished run can be continued with more",
+                         within=(1, 100), group="self-training", needs=SEMI, free=True)
+    stage1_share: float = option(1.0, "length of Stage 1 as a share of --steps (D6)",
+                                 within=(0.001, 100), needs=dict(masks=""))
+    masks: str = option("", "folder of pseudo-masks: train stage --stages alone, with them",
+                        needs=SEMI | dict(stages=tuple(range(2, 101))))
+    lambda_con: float | None = option(None, "lambda_1, weight of L_con [Sec. IV-B, else 1/2]",
+                                      within=(0, 1e6), needs=SEMI)
+    lambda_pl: float | None = option(None, "lambda_2, weight of L_pl [Sec. IV-B, else 1/2]",
+                                     within=(0, 1e6), needs=SEMI)
+    con_target: str = option("hard", "target of L_con (D2)", ("hard", "soft"), needs=SEMI)
+    ema: float | None = option(None, "decay of the teacher [0.99 to 0.999, D4]; 0: none (Table VI)",
+                               within=(0, 1), needs=SEMI)
+    branch_stage3: str = option("gtilde", "branch from Stage 3 on; ghat: Stage 2's (Table V, N2)",
+                                ("gtilde", "ghat"), needs=SEMI | dict(stages=tuple(range(3, 101))))
+    writer: str = option("teacher", "who is scored and writes masks; Algorithm 1: student (D3)",
+                         ("teacher", "student"), needs=SEMI)
 
-    backbone: str = option("resnet101", "body of f (Sec. IV-B)", RESNETS, group="network")
-    backbone_layers: int = option(4, "keep only the first 2 or 3 layers of the ResNet, for small images", (2, 3, 4))
-    aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of the classifiers; released code 6,12", within=(1, None))
-    weights: str = option("imagenet", "pretrained weights: imagenet (torchvision), none, or a state-dict file")
-    input_scale: str = option("imagenet", "their input: of unit variance, or 0..255 less the mean, RGB or BGR",
-                              ("imagenet", "caffe", "caffe_bgr"))
+    scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1",
+                                        within=(0.1, 100), group="images")
+    shift: int = option(0, "random shift of up to this many pixels", within=(0, 10000))
+    static_void: bool = option(False, "ignore in L_pl what is void in every labelled mask (D9)",
+                               needs=SEMI | dict(size=ANY))
+    strong: bool = option(True, "strong augmentation A, B (Table V, SA)", needs=SEMI)
+    cutout: int = option(32, "side of a cutout in pixels", within=(0, 10000),
+                         needs=SEMI | dict(strong=True))
+
+    aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of the classifiers (D7)",
+                                         within=(1, 1000), group="network")
+    input_scale: str = option("imagenet", "what --weights expect; caffe: 0..255 less the mean",
+                              ("imagenet", "caffe"))
     bn: str | None = option(None, "batch normalisation [frozen; learn with --weights none]",
-                            ("frozen", "affine", "learn"))
-    stride_on: str = option("1x1", "which convolution of a bottleneck has conv3's stride", ("1x1", "3x3"))
-    branch_stage3: str = option("gtilde", "branch from Stage 3 on; ghat is Stage 2's (Table V, N2)", ("gtilde", "ghat"))
+                            ("frozen", "learn"))
+    stride_on: str = option("1x1", "convolution that has conv3's stride (D11)", ("1x1", "3x3"))
 
-    lambda_con: float | None = option(None, "lambda_1, weight of L_con [by dataset and labels, else 1/2]; 0: without",
-                                      group="self-training")
-    lambda_pl: float | None = option(None, "lambda_2, weight of L_pl [likewise]; 0: without g")
-    con_target: str = option("hard", "target of L_con: the teacher's argmax or its probabilities", ("hard", "soft"))
-    con_ignore_padding: bool = option(False, "leave padding out of L_con")
-    ignore_cut: bool = option(False, "leave the pixels under cutouts out of L_con and L_pl")
-    ema: float | None = option(None, "decay of the teacher [0.99 to 0.999 in four steps]; 0: no EMA (Table VI)", within=(0, 1))
-
-    batch: int = option(10, "images per step over all processes, labelled ones included", group="optimisation",
-                       within=(1, None))
-    batch_l: int | None = option(None, "labelled ones among them from Stage 2 on [by dataset and labels, else 1]",
-                                within=(1, None))
-    lr: float = option(3e-5, "learning rate of the new layers, constant (Adam)", within=(0, None))
-    lr_groups: str | None = option(None, "share of the backbone: released (.1 .3 .4), nominal (.1) or literal (1) "
-                                         "[released; literal with --weights none]", tuple(LR_GROUPS))
-    weight_decay: float = option(0.0, "on every parameter", within=(0, None))
-
-    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), group="machine")
-    precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
-                            ("auto", "fp32", "bf16", "fp16"))
-    compile: bool = option(False, "torch.compile the networks")
-    workers: int = option(4, "processes that decode and augment, and threads that write masks", within=(0, None))
-    eval_every: int = option(1000, "steps between evaluations", within=(1, None))
-    save_every: int = option(500, "steps between checkpoints", within=(1, None))
-    log_every: int = option(20, "steps between log lines", within=(1, None))
+    batch: int = option(10, "images per step over all processes, labelled ones included",
+                        within=(1, 100000), group="optimisation", scoring=True)
+    batch_l: int | None = option(None, "labelled ones from Stage 2 on [Sec. IV-B, else 1]",
+                                 within=(1, 100000), needs=SEMI)
+    lr: float = option(3e-5, "learning rate of the new layers, constant (Adam)", within=(0, 1000))
+    lr_groups: str | None = option(None, "the backbone's (D5) [released; literal from scratch]",
+                                   tuple(LR_GROUPS))
 
 
 PRESETS = {
-    "shapes": dict(labeled="40", steps=420, stage1_share=0.38, batch=12, batch_l=6, shift=6, cutout=16,
-                   backbone="resnet18", backbone_layers=2, aspp_rates=(1, 3, 6), weights="none", lr=1.5e-3, ema=0.98,
-                   lambda_con=0.25, lambda_pl=1.0, workers=0, eval_every=210, save_every=105),
+    "shapes": dict(labeled="40", steps=420, stage1_share=0.38, batch=12, batch_l=6, shift=6,
+                   cutout=16, backbone="resnet18", backbone_layers=2, aspp_rates=(1, 3, 6),
+                   weights="none", lr=1.5e-3, ema=0.98, lambda_con=0.25, lambda_pl=1.0, workers=0,
+                   eval_every=210, save_every=105),
     "voc": dict(labeled="1/50", stage1_share=1 / 6, scale=(0.5, 1.5), crop=(321, 321)),
-    "cityscapes": dict(labeled="100", stage1_share=1 / 3, batch=5, size=(512, 1024), crop=(256, 512), static_void=True,
-                       eval_size="train"),
-    "camvid": dict(labeled="100", steps=10000, stage1_share=1 / 3, batch=5, size=(360, 480), crop=(256, 384),
-                   eval_size="train"),
-    "pcontext": dict(labeled="1/8", stage1_share=1 / 6, scale=(0.5, 1.5), crop=(321, 321), lambda_con=0.25,
-                     lambda_pl=0.25),
-    "bdd100k": dict(labeled="1/8", stage1_share=1 / 3, batch=5, size=(360, 640), crop=(256, 512), eval_size="train"),
+    "cityscapes": dict(labeled="100", stage1_share=1 / 3, batch=5, size=(512, 1024),
+                       crop=(256, 512), static_void=True, eval_size="train"),
+    "camvid": dict(labeled="100", steps=10000, stage1_share=1 / 3, batch=5, size=(360, 480),
+                   crop=(256, 384), eval_size="train"),
     "folder": dict(steps=20000, stage1_share=1 / 3, scale=(0.5, 1.5), crop=(321, 321)),
 }
-PRESETS["pcontext59"] = PRESETS["pcontext"]
-PRESETS |= dict.fromkeys(("sunrgbd", "sunrgbd13"), PRESETS["folder"] | dict(labeled="1/8"))  # not in the paper
-FREE = ("root", "download", "check_masks", "out", "evaluate", "predict", "images", "device", "workers", "compile",
-        "eval_every", "save_every", "log_every")  # may differ between a run and its resumption
+PRESETS |= dict.fromkeys(("pcontext", "pcontext59", "bdd100k", "sunrgbd", "sunrgbd13"),
+                         PRESETS["folder"] | dict(labeled="1/8"))  # not in the paper
 
 
-def balance(data, labels):
-    """Sec. IV-B: (labelled images of a minibatch, lambda_1 = lambda_2) for a dataset and a number of labels"""
-    rows = BALANCE.get(data, ((0, 1, 1 / 2),))
-    return max((row for row in rows if row[0] <= labels), default=rows[0])[1:]
+def settle(cfg, given):
+    """Fill in what one setting decides about others. Raises UserError for contradictions."""
+    check_needs(cfg, given)
+    for name, weight in (("con_target", "lambda_con"), ("static_void", "lambda_pl"),
+                         ("branch_stage3", "lambda_pl")):
+        if name in given and getattr(cfg, weight) == 0:
+            raise UserError(f"{flag(name)} has no effect with {flag(weight)} 0: drop one of them")
+    if cfg.scale[0] != cfg.scale[1] and not cfg.crop:
+        raise UserError("--scale gives images of many sizes, of which no minibatch can be made: "
+                        "give a --crop with it")
+    scratch = cfg.weights == "none"
+    if cfg.bn is None:
+        cfg.bn = "learn" if scratch else "frozen"
+    if cfg.lr_groups is None:
+        cfg.lr_groups = "literal" if scratch else "released"
+    cfg.out = cfg.out or run_name("three_stage", cfg, given)
 
 
-# ------------------------------------------------------------------------------------------------ model (Table VII)
+def balance(cfg, labels):
+    """Sec. IV-B: fill in --batch-l and the lambdas by the dataset and the number of labels."""
+    rows = BALANCE.get(cfg.data, ((0, 1, 1 / 2),))
+    _, batch_l, weight = [row for row in rows if row[0] <= labels][-1]
+    for name, value in dict(batch_l=batch_l, lambda_con=weight, lambda_pl=weight).items():
+        if getattr(cfg, name) is None:
+            setattr(cfg, name, value)
+    if cfg.batch_l >= cfg.batch and cfg.stages > 1 and not cfg.supervised:
+        raise UserError(f"--batch {cfg.batch} --batch-l {cfg.batch_l}: expected at least one image "
+                        f"beside the labelled ones")
+
+
+# ---------------------------------------------------------------------- model (Table I, VII)
 
 class Segmenter(DeepLabV2):
-    """f: conv1 .. conv5 (`body`) and ASPP_1 (`head`). Images come normalised as torchvision does; --input-scale caffe
-    turns them back into RGB (or BGR) in 0..255 less the mean, which is what the COCO weights expect."""
+    """f: conv1 .. conv5 (`body`) and ASPP_1 (`head`). Images come normalised as torchvision does;
+    --input-scale caffe turns them back into 0..255 less the mean, for the COCO weights."""
 
     def __init__(self, cfg, num_classes):
-        super().__init__(num_classes, cfg.backbone, cfg.backbone_layers, cfg.aspp_rates, cfg.stride_on, cfg.bn)
+        super().__init__(num_classes, cfg.backbone, cfg.backbone_layers, cfg.aspp_rates,
+                         cfg.stride_on, cfg.bn)
         self.input_scale = cfg.input_scale
-        mean, std = (255 * torch.tensor(v)[:, None, None] for v in (T.IMAGENET_MEAN, T.IMAGENET_STD))
-        self.register_buffer("scale", std, persistent=False)
-        self.register_buffer("offset", mean - torch.tensor((122.67891434, 116.66876762, 104.00698793))[:, None, None],
-                             persistent=False)
+        scale = 255 * torch.tensor(T.IMAGENET_STD)
+        shift = 255 * torch.tensor(T.IMAGENET_MEAN) - torch.tensor(CAFFE_MEAN)
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", shift[:, None, None], persistent=False)
 
     def features(self, x):
-        """[B, 3, H, W] -> outputs of the last but one block and of the last one (conv4 and conv5)"""
-        if self.input_scale != "imagenet":
-            x = x * self.scale + self.offset
-            x = x.flip(1) if self.input_scale == "caffe_bgr" else x
+        """[B, 3, H, W] -> outputs of the last but one layer and of the last one (conv4, conv5)"""
+        if self.input_scale == "caffe":
+            x = x * self.scale + self.shift
         *first, last = self.body.children()
         for part in first:
             x = part(x)
@@ -219,36 +223,44 @@ class Segmenter(DeepLabV2):
 
 
 class Branch(nn.Module):
-    """What g does not share with f. ghat: conv6, i.e. conv5 at half its width, on conv4's output, and ASPP_2.
-    gtilde: ASPP_3 on conv5's output. C outputs."""
+    """What g does not share with f. ghat: conv6, which is conv5 at half its width, on the output of
+    conv4, and ASPP_2. gtilde: ASPP_3 on the output of conv5."""
 
     def __init__(self, kind, body, cfg, num_classes):
         super().__init__()
-        last = list(body.children())[-1]
-        self.conv6 = half_width(last, cfg.bn) if kind == "ghat" else None
-        self.aspp = ASPP(body.out_channels // (2 if kind == "ghat" else 1), num_classes, cfg.aspp_rates)
+        self.conv6 = None
+        channels = body.out_channels
+        if kind == "ghat":
+            self.conv6 = half_width(list(body.children())[-1], cfg.bn)
+            channels = channels // 2
+        self.aspp = ASPP(channels, num_classes, cfg.aspp_rates)
 
     def forward(self, z4, z5, size):
         """outputs of conv4 and conv5 -> logits [B, C, *size]"""
-        return upsample(self.aspp(z5 if self.conv6 is None else self.conv6(z4)), size)
+        z = z5 if self.conv6 is None else self.conv6(z4)
+        return upsample(self.aspp(z), size)
 
 
 def half_width(layer, bn):
-    """A ResNet layer like `layer` (blocks, stride, dilation), but of half its width; the first block has a shortcut"""
-    kind, shortcut = type(layer[0]), layer[0].downsample[0]
-    inside, outside, stride = shortcut.in_channels, shortcut.out_channels // 2, shortcut.stride
-    down = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False), nn.BatchNorm2d(outside))
-    planes = outside // kind.expansion
-    blocks = [kind(inside, planes, stride[0], down)] + [kind(outside, planes) for _ in layer[1:]]
-    dilation = next(m.dilation for m in reversed(list(layer.modules())) if getattr(m, "kernel_size", 0) == (3, 3))
-    for conv in (m for block in blocks for m in block.modules() if isinstance(m, nn.Conv2d)):
+    """A ResNet layer like this one (blocks, stride, dilation), but of half its width"""
+    block = type(layer[0])
+    shortcut = layer[0].downsample[0]
+    inside = shortcut.in_channels
+    outside = shortcut.out_channels // 2
+    down = nn.Sequential(nn.Conv2d(inside, outside, 1, shortcut.stride, bias=False),
+                         nn.BatchNorm2d(outside))
+    planes = outside // block.expansion
+    first = block(inside, planes, shortcut.stride[0], down)
+    half = nn.Sequential(first, *[block(outside, planes) for _ in layer[1:]])
+    dilation = [m.dilation for m in layer.modules() if getattr(m, "kernel_size", 0) == (3, 3)][-1]
+    for conv in (m for m in half.modules() if isinstance(m, nn.Conv2d)):
         if conv.kernel_size == (3, 3):
             conv.dilation = conv.padding = dilation
         if bn == "frozen":
             nn.init.normal_(conv.weight, std=0.01)
         else:
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    return nn.Sequential(*blocks)
+    return half
 
 
 class MultiTask(nn.Module):
@@ -256,18 +268,23 @@ class MultiTask(nn.Module):
 
     def __init__(self, cfg, num_classes, stage):
         super().__init__()
-        torch.manual_seed(mix(cfg.seed, "init"))  # f starts the same in every stage and on every process
-        self.f, self.bn, self.branch = Segmenter(cfg, num_classes), cfg.bn, None
+        self.bn = cfg.bn
+        self.branch = None
+        torch.manual_seed(mix(cfg.seed, "init"))  # f starts alike in every stage and process
+        self.f = Segmenter(cfg, num_classes)
         if stage > 1 and cfg.lambda_pl > 0:
             torch.manual_seed(mix(cfg.seed, "branch", stage))
-            self.branch = Branch("ghat" if stage == 2 else cfg.branch_stage3, self.f.body, cfg, num_classes)
+            kind = "ghat" if stage == 2 else cfg.branch_stage3
+            self.branch = Branch(kind, self.f.body, cfg, num_classes)
         hold_bn(self, self.bn)
 
     def forward(self, x, branch=True):
         """[B, 3, H, W] -> logits of f and of g (None without a branch), each [B, C, H, W]"""
         z4, z5 = self.f.features(x)
         logits = upsample(self.f.head(z5), x.shape[2:])
-        return logits, self.branch(z4, z5, x.shape[2:]) if branch and self.branch else None
+        if not branch or self.branch is None:
+            return logits, None
+        return logits, self.branch(z4, z5, x.shape[2:])
 
     def train(self, mode=True):
         super().train(mode)
@@ -276,600 +293,397 @@ class MultiTask(nn.Module):
 
 
 def load_pretrained(f, cfg, say):
-    """--weights into f: the body, and of a file also the classifier where its shapes fit (COCO weights for VOC)"""
+    """--weights into f: the body, and of a file also the classifier where it fits (COCO for VOC)"""
     load_weights(f.body, cfg.backbone, cfg.weights, say)
     if cfg.weights in ("none", "imagenet"):
         return
-    state, own, restored = checkpoint.load(cfg.weights), f.state_dict(), {}
-    state = next((state[k] for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)), state)
-    for name, tensor in state.items():
-        if found := re.search(r"(?:layer5\.conv2d_list|head\.branches)\.(\d+)\.(weight|bias)$", name):
-            mine = f"head.branches.{found[1]}.{found[2]}"
-            if mine in own and own[mine].shape == tensor.shape:
-                restored[mine] = tensor
-    f.load_state_dict(restored, strict=False)
-    say(f"classifier: {', '.join(restored) + ' restored' if restored else 'nothing to restore, random'}")
+    own = f.head.state_dict()
+    fits = {}
+    for name, tensor in checkpoint.load(cfg.weights).items():
+        mine = "branches." + name.rpartition("layer5.conv2d_list.")[2]  # the name in the COCO file
+        if mine in own and own[mine].shape == tensor.shape:
+            fits[mine] = tensor
+    f.head.load_state_dict(fits, strict=False)
+    say(f"classifier: {', '.join(fits) or 'nothing'} restored")
 
 
-# ------------------------------------------------------------------------------------------------ A and B (Sec. III-A)
-# A: strong(image) -> (Ax, I). I [H, W] holds for every pixel the place it comes from, y * W + x, or -1 for outside.
-# B: warp(mask, I). Image, teacher's output and pseudo-mask are gathered with this one map.
+# ---------------------------------------------------------------------- losses and ramps
 
-def enhance(level):
-    """factor of Pillow's enhancers: 0.28, 0.46, .., 1.72; level 5 changes nothing"""
-    return 0.1 + 0.18 * level
+def cross_entropy(logits, y, count=None):
+    """Eq. 2, 3: mean over valid pixels of H(y, softmax(logits)). logits [B, C, H, W] -> scalar
 
-
-PHOTOMETRIC = {  # (image uint8 [3, H, W], level 1..9) -> image
-    "identity": lambda x, m: x,
-    "auto_contrast": lambda x, m: tvf.autocontrast(x),
-    "equalize": lambda x, m: tvf.equalize(x),
-    "solarize": lambda x, m: tvf.solarize(x, (231, 205, 180, 154, 128, 103, 77, 52, 26)[m - 1]),
-    "posterize": lambda x, m: tvf.posterize(x, (4, 4, 3, 3, 2, 2, 2, 1, 1)[m - 1]),
-    "color": lambda x, m: tvf.adjust_saturation(x, enhance(m)),
-    "contrast": lambda x, m: tvf.adjust_contrast(x, enhance(m)),
-    "brightness": lambda x, m: tvf.adjust_brightness(x, enhance(m)),
-    "sharpness": lambda x, m: tvf.adjust_sharpness(x, enhance(m))}
-GEOMETRIC = {"rotate": 3, "shear_x": 0.03, "shear_y": 0.03, "translate_x": 1, "translate_y": 1}  # a level's amount
-OPERATIONS = (*PHOTOMETRIC, *GEOMETRIC)
-
-
-def source_map(name, amount, height, width):
-    """I of one geometric operation: int64 [H, W]. The pixel with centre (u, v) takes the pixel that holds its source
-    (a u + b v + c, d u + e v + f), as Pillow's nearest-neighbour transforms do. amount: degrees, slope or pixels."""
-    u, v = np.arange(width) + 0.5, np.arange(height)[:, None] + 0.5
-    match name:
-        case "rotate":
-            cos, sin = math.cos(math.radians(amount)), math.sin(math.radians(amount))
-            u, v = u - width / 2, v - height / 2
-            x, y = cos * u - sin * v + width / 2, sin * u + cos * v + height / 2
-        case "shear_x": x, y = u + amount * v, v
-        case "shear_y": x, y = u, amount * u + v
-        case "translate_x": x, y = u + amount, v
-        case "translate_y": x, y = u, v + amount
-    inside = (x >= 0) & (x < width) & (y >= 0) & (y < height)
-    return torch.from_numpy(np.where(inside, np.floor(y) * width + np.floor(x), -1).astype(np.int64))
-
-
-def warp(x, index, outside):
-    """B: gather x [.., H, W] at the places I [.., H, W] (broadcast to x's shape), `outside` where I is -1"""
-    index = index.expand(x.shape)
-    taken = x.flatten(-2).gather(-1, index.flatten(-2).clamp(min=0).long()).view(x.shape)
-    return torch.where(index < 0, outside, taken)
-
-
-def draw_operations(rng, draws):
-    """RandAugment: [(name, level 1..9, sign)] of the drawn operations that are carried out (each with p = 1/2)"""
-    names, levels = rng.integers(len(OPERATIONS), size=draws), rng.integers(1, 10, size=draws)
-    signs, fires = 1 - 2 * rng.integers(2, size=draws), rng.random(draws) < 0.5
-    return [(OPERATIONS[k], int(m), int(s)) for k, m, s, fire in zip(names, levels, signs, fires) if fire]
-
-
-def strong(image, rng, cfg):
-    """A: uint8 [3, H, W] -> (Ax uint8 [3, H, W], I int32 [H, W]). The operations run in the order drawn, each on the
-    result of those before it; cutouts touch the image only; what comes from outside the image ends up grey."""
-    height, width = image.shape[1:]
-    index = torch.arange(height * width).view(height, width)
-    for name, level, sign in draw_operations(rng, cfg.draws):
-        if name in PHOTOMETRIC:
-            image = PHOTOMETRIC[name](image, level)
-        else:
-            source = source_map(name, sign * level * GEOMETRIC[name], height, width)
-            image, index = warp(image, source, GREY), warp(index, source, -1)
-    hidden = index < 0
-    for y, x in zip(rng.integers(height, size=cfg.cutouts), rng.integers(width, size=cfg.cutouts)):
-        top, left = y - cfg.cutout // 2, x - cfg.cutout // 2
-        hidden[max(top, 0):top + cfg.cutout, max(left, 0):left + cfg.cutout] = True
-    image = torch.where(hidden, GREY, image)
-    return image, (torch.where(hidden, -1, index) if cfg.ignore_cut else index).int()
-
-
-# ------------------------------------------------------------------------------------------------ losses and schedule
-
-def cross_entropy(logits, y, ctx):
-    """Eq. 2, 3: mean over valid pixels of -log p_y. logits [B, C, H, W]; y [B, H, W], ids or 255 = ignored -> scalar.
-
-    L_seg: f on the labelled images against the truth. L_pl: g on all images against B(pseudo-masks), pooled.
+    L_seg: f on labelled images, y the truth. L_pl: g on all images, y = B(pseudo-masks). y
+    [B, H, W], 255 ignored. count: the number to divide by (with several processes, their mean
+    number of valid pixels); None: y's own. 0 with a graph if all is ignored.
     """
-    total = F.cross_entropy(logits.float(), y.long(), ignore_index=T.IGNORE, reduction="sum")
-    return ctx.global_mean(total, (y != T.IGNORE).sum())
+    total = F.cross_entropy(logits.float(), y.long(), ignore_index=255, reduction="sum")
+    if count is None:
+        count = (y != 255).sum().clamp(min=1)
+    return total / count
 
 
-def consistency(logits, teacher, index, ctx, target="hard", ignore=None):
-    """Eq. 1: L_con = mean over pixels with a source of d_c(f(Ax), B f'(x)), d_c the cross entropy.
+def consistency(logits, teacher_logits, index, count=None, target="hard"):
+    """Eq. 1: L_con = mean over pixels with a source of H(B f'(x), f(Ax)) -> scalar
 
-    logits: f(Ax), teacher: f'(x), each [B, C, H, W]; index: I [B, H, W]; ignore: bool [B, H, W], pixels of x to leave
-    out. hard: the target is B argmax f'(x); soft: B softmax f'(x). The teacher is a constant.
+    logits: f(Ax), teacher_logits: f'(x), a constant, both [B, C, H, W]. index: I [B, H, W], which
+    tells for every pixel of Ax the place y * W + x of x that it comes from, or -1. target: the
+    argmax (hard) or the softmax (soft) of f'(x). count: the number to divide by; None: of the
+    pixels with a source.
     """
-    t = teacher.detach().argmax(1)
-    t = warp(t if ignore is None else t.masked_fill(ignore, T.IGNORE), index, T.IGNORE)
+    if count is None:
+        count = (index >= 0).sum().clamp(min=1)
     if target == "hard":
-        return cross_entropy(logits, t, ctx)
-    p, valid = warp(teacher.detach().float().softmax(1), index[:, None], 0.0), t != T.IGNORE
-    loss = -(p * logits.float().log_softmax(1)).sum(1)
-    return ctx.global_mean((loss * valid).sum(), valid.sum())
+        labels = warp(teacher_logits.argmax(1), index, 255)
+        return F.cross_entropy(logits.float(), labels, ignore_index=255, reduction="sum") / count
+    q = warp(teacher_logits.detach().float().softmax(1), index[:, None], 0.0)
+    return -(q * logits.float().log_softmax(1)).sum() / count
 
 
-def alpha(step, cfg):
-    """Decay of theta' <- alpha theta' + (1 - alpha) theta after this step of a stage (D4), or --ema"""
-    return cfg.ema if cfg.ema is not None else next(a for until, a in ALPHA if step < until * cfg.steps)
+def alpha(step, steps, fixed=None):
+    """Decay of theta' <- alpha theta' + (1 - alpha) theta after this step of a stage: `fixed`, or
+    0.99, 0.995, 0.9975, 0.999 from 1/3, 2/3, 5/6 of its steps on (D4)"""
+    if fixed is not None:
+        return fixed
+    return (0.99, 0.995, 0.9975, 0.999)[sum(step >= steps * share for share in (1/3, 2/3, 5/6))]
 
 
-# ------------------------------------------------------------------------------------------------ data (Sec. IV-A, IV-B)
+# ---------------------------------------------------------------------- data (Sec. IV-A, IV-B)
 
-def weak(image, maps, rng, cfg):
-    """Scale, shift, crop, flip. image uint8 [3, H, W], maps uint8 [K, H, W] (nearest neighbour; 255 in padding) ->
-    (image, maps, padding bool [H, W])"""
+def weak(image, maps, rng, scale=(1, 1), crop=None, shift=0, flip=True):
+    """Scale, shift, crop, flip. image uint8 [3, H, W], maps uint8 [K, H, W] (nearest neighbour; 255
+    in padding) -> (image, maps, padding bool [H, W])"""
     maps = torch.cat([maps, torch.zeros_like(maps[:1])])  # 255 in the last one will be padding
-    low, high = (round(10 * s) for s in cfg.scale)
+    low, high = (round(10 * s) for s in scale)
     s = int(rng.integers(low, high + 1)) / 10
     image, maps = T.resize(image, maps, [max(1, round(side * s)) for side in image.shape[1:]])
-    crop = cfg.crop or tuple(image.shape[1:])
+    crop = crop or tuple(image.shape[1:])
     dy, dx = (max(c - side, 0) for c, side in zip(crop, image.shape[1:]))
-    edges = [dx // 2 + cfg.shift, dy // 2 + cfg.shift, dx - dx // 2 + cfg.shift, dy - dy // 2 + cfg.shift]
-    if any(edges):
-        image = tvf.pad(image, edges, fill=[round(255 * m) for m in T.IMAGENET_MEAN])
-        maps = tvf.pad(maps, edges, fill=T.IGNORE)
+    edges = [dx // 2 + shift, dy // 2 + shift, dx - dx // 2 + shift, dy - dy // 2 + shift]
+    image = tvf.pad(image, edges, fill=[round(255 * m) for m in T.IMAGENET_MEAN])
+    maps = tvf.pad(maps, edges, fill=T.IGNORE)
     image, maps = T.random_crop(image, maps, crop, rng)
-    if cfg.flip:
+    if flip:
         image, maps = T.random_flip(image, maps, rng)
     return image, maps[:-1], maps[-1] == T.IGNORE
 
 
-def normalise(image, padding=None):
-    """uint8 [3, H, W] -> float32; padding is exactly 0, which no pixel of an image is in all three channels"""
-    image = T.normalise(image)
-    return image if padding is None else image.masked_fill(padding, 0.0)
-
-
-class Weak:
-    """Transform of the labelled images of Stage 1 and of the baseline: (image, mask, rng) -> (x, y)."""
-
-    def __init__(self, cfg):
-        self.cfg = cfg
-
-    def __call__(self, image, mask, rng):
-        image, mask = T.to_tensors(image, mask)
-        if self.cfg.size:
-            image, mask = T.resize(image, mask, self.cfg.size)
-        image, (mask,), padding = weak(image, mask[None], rng, self.cfg)
-        return normalise(image, padding), mask
-
-
 class Minibatches(Dataset):
-    """Stages 2, 3, ..: position p is image p mod n of minibatch p div n, of which the first --batch-l are labelled and
-    the others are drawn from all training images; two independent, endlessly reshuffled streams.
+    """Position p is image p mod n of minibatch p div n. Its first `batch_l` images are labelled (in
+    Stage 1 all), the others are drawn from all training images: two independent, endless streams.
 
-    A sample is (x weak, x strong, I, y, pseudo-mask). Labelled: both views are the same and I is the identity. Others:
-    y is 255 everywhere, because their masks stay closed. masks: folder of pseudo-masks, or None for 255.
+    A sample is (x weak, x strong, I, y, pseudo-mask). Labelled: both views are the same and I is
+    the identity. Others: y is 255, because their masks stay closed. masks: a folder, or None: 255.
     """
 
-    def __init__(self, data, labelled, masks, stage, cfg):
-        split, self.num_classes, self.masks, self.cfg = data.train, len(data.classes), masks, cfg
-        self.split = split
-        self.static = static_void(split, labelled, cfg.size) if cfg.static_void and masks else None
-        self.labelled = Stream(split, labelled, None, cfg.seed, f"labelled stage{stage}", True)
-        self.mixed = Stream(split, range(len(split)), None, cfg.seed, f"mixed stage{stage}", False)
+    def __init__(self, data, labelled, batch_l, masks, stage, cfg):
+        self.data = data
+        self.batch_l = batch_l
+        self.masks = masks
+        self.cfg = cfg
+        every = range(len(data.train))
+        self.labelled = Stream(data.train, labelled, None, cfg.seed, f"labelled stage{stage}", True)
+        self.mixed = Stream(data.train, every, None, cfg.seed, f"mixed stage{stage}", False)
+        self.static = None
+        if masks and cfg.static_void:  # void in all labelled masks, of which 100 are looked at (D9)
+            resize = T.ForScoring(cfg.size)
+            truths = [resize(data.train.image(i), data.train.mask(i))[1] for i in labelled[:100]]
+            self.static = (torch.stack(truths) == T.IGNORE).all(0)
 
     def __getitem__(self, position):
-        cfg, (step, slot) = self.cfg, divmod(position, self.cfg.batch)
-        is_labelled = slot < cfg.batch_l
-        stream = self.labelled if is_labelled else self.mixed
-        place = step * cfg.batch_l + slot if is_labelled else step * (cfg.batch - cfg.batch_l) + slot - cfg.batch_l
-        i, rng = stream.index(place), np.random.default_rng(mix(cfg.seed, stream.name, "sample", place))
-        image, y = T.to_tensors(self.split.image(i), self.split.mask(i) if is_labelled else None)
+        cfg = self.cfg
+        split = self.data.train
+        step, slot = divmod(position, cfg.batch)
+        is_labelled = slot < self.batch_l
+        if is_labelled:
+            stream = self.labelled
+            place = step * self.batch_l + slot
+        else:
+            stream = self.mixed
+            place = step * (cfg.batch - self.batch_l) + slot - self.batch_l
+        i = stream.index(place)
+        rng = np.random.default_rng(mix(cfg.seed, stream.name, "sample", place))
+        image, y = T.to_tensors(split.image(i), split.mask(i) if is_labelled else None)
         if cfg.size:
             image, y = T.resize(image, y, cfg.size)
         void = torch.full(image.shape[1:], T.IGNORE, dtype=torch.uint8)
-        pseudo = read_mask(mask_path(self.masks, self.split, i), void.shape, self.num_classes) if self.masks else void
-        if self.static is not None and self.static.shape == void.shape:
+        y = y if is_labelled else void
+        pseudo = void
+        if self.masks:
+            pseudo = read_mask(mask_path(self.masks, split, i), y.shape, len(self.data.classes))
+        if self.static is not None:
             pseudo = pseudo.masked_fill(self.static, T.IGNORE)
-        image, (y, pseudo), padding = weak(image, torch.stack([void if y is None else y, pseudo]), rng, cfg)
-        x = x_s = normalise(image, padding)
-        index = torch.arange(y.numel(), dtype=torch.int32).view(y.shape)
+        image, maps, padding = weak(image, torch.stack([y, pseudo]), rng, cfg.scale, cfg.crop,
+                                    cfg.shift, cfg.flip)
+        x_w = x_s = T.normalise(image).masked_fill(padding, 0.0)
+        index = torch.arange(padding.numel(), dtype=torch.int32).view(padding.shape)
         if cfg.strong and not is_labelled:
-            if cfg.aug_space == "rgb":
-                image, index = strong(image, rng, cfg)
-                x_s = normalise(image)
-            else:  # D8
-                low, high = x.min(), x.max()
-                image, index = strong(((x - low) / (high - low).clamp(min=1e-6) * 255).byte(), rng, cfg)
-                x_s = image.float() / 255 * (high - low) + low
-        return x, x_s, index, y, pseudo
+            image, index = strong(image, rng, cfg.cutout)
+            x_s = T.normalise(image)
+        return x_w, x_s, index, *maps
 
+
+# ---------------------------------------------------------------------- evaluation (Sec. IV-A)
+
+@torch.no_grad()
+def predict(f, x, ctx):
+    """Logits [B, C, H, W] of x at its own size: single scale, no flip, no CRF"""
+    with ctx.autocast():
+        return f(x).float()
+
+
+@torch.no_grad()
+def evaluate(net, others, data, cfg, ctx):
+    """Protocol: whole images, single scale, logits at image size, argmax; one confusion matrix over
+    the split; 255 ignored; each image once. Scored are f and g of `net`, and f of the `others`,
+    {column of log.csv: network}.
+    -> (ConfusionMatrix of f, {column: mIoU of the rest}, rows of the panel)"""
+    modes = [(network, network.training) for network in (net, *others.values())]
+    for network, _ in modes:
+        network.eval()
+    names = ["miou", *others] if net.branch is None else ["miou", "miou_branch", *others]
+    confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in names}
+    examples = Examples(len(data.val), ctx)
+    one_size = cfg.scoring_size or data.one_size  # then images are batched
+    transform = T.ForScoring(cfg.scoring_size)
+    for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
+        with ctx.autocast():
+            logits = [z for z in net(x) if z is not None]
+            logits += [network(x, branch=False)[0] for network in others.values()]
+        predictions = [z.argmax(1) for z in logits]
+        for name, prediction in zip(names, predictions, strict=True):
+            confusions[name].update(prediction, y)
+        examples.add(x, y, predictions[0])
+    for confusion in confusions.values():
+        confusion.reduce()
+    for network, was_training in modes:
+        network.train(was_training)
+    rest = {name: confusions[name].miou() for name in names[1:]}
+    return confusions["miou"], rest, examples.rows
+
+
+# ---------------------------------------------------------------------- pseudo-masks (Sec. III-B)
 
 def mask_path(folder, split, i):
     return Path(folder) / f"{split.keys[i]}.png"
 
 
 def read_mask(path, shape, num_classes):
-    """A pseudo-mask, uint8 tensor [H, W]. UserError if it is not there, not of this shape or not of these classes."""
+    """A pseudo-mask, uint8 [H, W]. UserError if it is not there, not of this shape or classes."""
     try:
-        with Image.open(path) as picture:
-            mask = np.array(picture)
+        mask = np.array(Image.open(path))
     except (OSError, SyntaxError) as error:  # Pillow's errors for missing and damaged files
-        raise UserError(f"{path}: cannot be read as a pseudo-mask ({error}), one for each training image") from error
-    if mask.shape != shape or mask.dtype != np.uint8 or ((mask >= num_classes) & (mask != T.IGNORE)).any():
-        raise UserError(f"{path}: expected a pseudo-mask of 8-bit ids 0..{num_classes - 1} with (height, width) = "
+        raise UserError(f"{path}: expected a pseudo-mask that can be read ({error})") from error
+    fits = mask.shape == shape and mask.dtype == np.uint8
+    if not fits or ((mask >= num_classes) & (mask != T.IGNORE)).any():
+        raise UserError(f"{path}: expected 8-bit ids 0..{num_classes - 1} of (height, width) = "
                         f"{tuple(shape)}, found {mask.dtype} {mask.shape} up to {mask.max()}")
     return torch.from_numpy(mask)
 
 
-def resize_mask(mask, size):
-    """[H, W] -> `size` by the nearest pixel, or as it is without a size"""
-    return tvf.resize(mask[None], list(size), InterpolationMode.NEAREST_EXACT)[0] if size else mask
-
-
-def static_void(split, labelled, size):
-    """bool [H, W]: pixels that are void in every labelled mask (of the first 100), or None where sizes differ"""
-    masks = [resize_mask(torch.from_numpy(split.mask(i)), size) for i in labelled[:100]]
-    return None if len({m.shape for m in masks}) > 1 else torch.stack([m == T.IGNORE for m in masks]).all(0)
-
-
-# ------------------------------------------------------------------------------------------------ evaluation (Sec. IV-A)
-
-@torch.no_grad()
-def predict(f, x, ctx):
-    """Logits [B, C, H, W] of x at its own size: one scale, no flip, no CRF"""
-    with ctx.autocast():
-        return f(x).float()
-
-
-def evaluate(logits_of, names, data, cfg, ctx):
-    """Protocol: whole images, single scale, logits at image size, argmax; one confusion matrix over the split; 255
-    ignored; each image is scored exactly once, on one process. logits_of: x -> logits for each of `names`.
-    -> {name: ConfusionMatrix}"""
-    confusions, size = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in names}, scoring_size(cfg)
-    batch = cfg.batch if size or data.name == "shapes" else 1  # images of one size are batched
-    for x, y in once(Scored(data.val, T.ForScoring(size), ctx), batch, cfg.workers, ctx):
-        for confusion, logits in zip(confusions.values(), logits_of(x), strict=True):
-            confusion.update(logits.argmax(1), y)
-    for confusion in confusions.values():
-        confusion.reduce()
-    return confusions
-
-
-def scoring_size(cfg):
-    """Size at which images are scored; None: each at its own"""
-    if cfg.eval_size == "train" and not cfg.size:
-        raise UserError("--eval-size train scores at --size, which is not set here: give --size, or --eval-size full")
-    return cfg.size if cfg.eval_size == "train" else None
-
-
-# ------------------------------------------------------------------------------------------------ pseudo-masks (Sec. III-B)
-
 def write_pseudo_masks(f, data, folder, cfg, ctx):
-    """y^_i = argmax f(x_i) for all i in L u U: palette PNGs at the size of training (--size, else the image's own).
-
-    Images go through f in fixed chunks, those of one size together. Chunks do not depend on what is there already, so
-    a writer that was killed goes on to the very same files. Threads read and write.
-    """
+    """y^_i = argmax f(x_i), i in L u U: palette PNGs at the size of training. Batches do not depend
+    on what is there already, so that a writer that was killed goes on to the very same files."""
     def load(i):
-        image, _ = T.to_tensors(data.train.image(i))
-        return normalise(T.resize(image, None, cfg.size)[0] if cfg.size else image)
+        return T.ForScoring(cfg.size)(data.train.image(i), None)[0]
 
-    paths, jobs = [mask_path(folder, data.train, i) for i in range(len(data.train))], []
+    paths = [mask_path(folder, data.train, i) for i in range(len(data.train))]
     for parent in {path.parent for path in paths}:
         parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(max(1, cfg.workers)) as pool:
+    one_size = cfg.size or data.name == "shapes"  # then images are batched
+    with ThreadPoolExecutor(max(1, cfg.workers)) as pool:  # reads and writes
         for first in range(ctx.rank * cfg.batch, len(paths), ctx.world * cfg.batch):
-            groups, chunk = {}, range(first, min(first + cfg.batch, len(paths)))
-            if all(paths[i].exists() for i in chunk):
+            batch = range(first, min(first + cfg.batch, len(paths)))
+            if all(paths[i].exists() for i in batch):
                 continue
-            for i, x in zip(chunk, pool.map(load, chunk)):
-                groups.setdefault(x.shape, []).append((paths[i], x))
-            for group in groups.values():
-                x = to_device(torch.stack([x for _, x in group]), ctx.device)
-                ids = predict(f, x, ctx).argmax(1).byte().cpu().numpy()
-                for job in jobs:
-                    job.result()  # raises what went wrong in its thread
-                jobs = [pool.submit(save_mask, mask, data.palette, path) for (path, _), mask in zip(group, ids)]
-        for job in jobs:
-            job.result()
+            images = list(pool.map(load, batch))
+            images = [torch.stack(images)] if one_size else [image[None] for image in images]
+            masks = [mask for x in images
+                     for mask in predict(f, to_device(x, ctx.device), ctx).argmax(1).byte().cpu()]
+            for saved in [pool.submit(save_mask, mask.numpy(), data.palette, paths[i])
+                          for i, mask in zip(batch, masks)]:
+                saved.result()  # raises what went wrong in its thread
     ctx.barrier()
 
 
-def mask_quality(data, unlabelled, folder, cfg, ctx):
-    """mIoU of the pseudo-masks on the unlabelled images' hidden labels, or None where there are none: a diagnosis that
-    is printed. Nothing else ever reads these labels."""
-    def load(i):
-        truth = resize_mask(torch.from_numpy(data.train.mask(i)), cfg.size)
-        return read_mask(mask_path(folder, data.train, i), truth.shape, len(data.classes)), truth
-
-    hidden = [i for i in unlabelled if data.train.has_mask(i)]
-    confusion, mine = ConfusionMatrix(len(data.classes), ctx.device), hidden[ctx.rank::ctx.world]
-    with ThreadPoolExecutor(max(1, cfg.workers)) as pool:
-        for first in range(0, len(mine), 64):
-            for pseudo, truth in pool.map(load, mine[first:first + 64]):
-                confusion.update(pseudo.to(ctx.device), truth.to(ctx.device))
-    confusion.reduce()
-    return confusion.miou() if hidden else None
-
-
-# ------------------------------------------------------------------------------------------------ training (Algorithm 1)
+# ---------------------------------------------------------------------- training (Algorithm 1)
 
 def train(cfg):
-    """Train, or resume, the run in cfg.out, stage by stage; ends with the `final:` line. -> final mIoU, 0..1"""
+    """Train, or resume, the run in cfg.out, stage by stage; ends with the `final:` line.
+    -> mIoU, 0..1
+
+    A stage's folder holds its training, the pseudo-masks it wrote and, once they are complete,
+    finished.pt: it is then never repeated. Stages are connected by the masks alone.
+    """
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # config.json has what `auto` came to: a resumption must not change it
+    cfg.precision = ctx.precision  # what `auto` came to must not change when a run is resumed
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
-    batch_l, weight = balance(cfg.data, len(labelled))
-    cfg.batch_l = batch_l if cfg.batch_l is None else cfg.batch_l
-    cfg.lambda_con, cfg.lambda_pl = (weight if v is None else v for v in (cfg.lambda_con, cfg.lambda_pl))
-    if not 1 <= cfg.batch_l < cfg.batch and not cfg.supervised:
-        raise UserError(f"--batch {cfg.batch} --batch-l {cfg.batch_l}: expected at least one labelled image among the "
-                        f"images of a step, and at least one other")
-    folder, lengths = Path(cfg.out), [max(1, round(cfg.stage1_share * cfg.steps)), *[cfg.steps] * (cfg.stages - 1)]
+    balance(cfg, len(labelled))
+    lengths = [max(1, round(cfg.stage1_share * cfg.steps)), *[cfg.steps] * (cfg.stages - 1)]
     if cfg.supervised:
         lengths = [sum(lengths)]
-    elif cfg.masks:
+    if cfg.masks:
         lengths[:-1] = [0] * (cfg.stages - 1)
-    if (folder / f"stage{cfg.stages + 1}").exists():
-        raise UserError(f"--stages {cfg.stages}: {folder} holds a run of more stages; repeat its command, or choose "
-                        f"another folder with --out")
-    say = partial(print, flush=True) if ctx.main else lambda _: None
-    if cfg.masks and cfg.lambda_pl > 0:
-        missing = [path for i in range(len(data.train)) if not (path := mask_path(cfg.masks, data.train, i)).exists()]
-        if missing:
-            raise UserError(f"--masks {cfg.masks}: {len(missing)} of {len(data.train)} training images have no pseudo-mask "
-                            f"there, such as {missing[0]}")
-    if ctx.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        keep_config(folder, cfg, FREE if cfg.supervised or cfg.masks else (*FREE, "stages"))
-    ctx.barrier()
-    say(f"{ctx}; {cfg.data}: {len(labelled)} labelled and {len(unlabelled)} unlabelled images, {len(data.val)} to "
-        f"score ({data.scored_on}); {' + '.join(map(str, filter(None, lengths)))} steps")
-    for note in data.notes:
-        say(note)
-    ctx.catch_sigterm()
+    check_stages(cfg, data)
+    folder = RunFolder("three_stage", cfg, data, ctx)
+    folder.introduce(labelled, unlabelled, 0, f"{sum(lengths)} steps")
 
-    scores = []
-    for stage in range(cfg.stages if cfg.masks else 1, len(lengths)):
-        place = folder / f"stage{stage}"
-        if not (place / "finished.pt").exists():
-            f, confusion, _ = train_stage(stage, lengths, data, labelled, folder, cfg, ctx)
-            if ctx.stopping():
-                say(f"SIGTERM: stage {stage} is trained; the same command writes its pseudo-masks and goes on")
-                raise SystemExit(143)
-            ctx.catch_sigterm(False)  # the masks that are written stay, and the others follow
-            write_pseudo_masks(f, data, place / "pseudo", cfg, ctx)
-            quality = mask_quality(data, unlabelled, place / "pseudo", cfg, ctx) if cfg.check_masks else None
+    for stage in range(cfg.stages if cfg.masks else 1, len(lengths) + 1):
+        part = folder.part(f"stage{stage}", own_log=False)
+        finished = part.path / "finished.pt"
+        if not finished.exists() or stage == len(lengths):
+            f, confusion = train_stage(stage, lengths, data, labelled, part, cfg, ctx)
+        if not finished.exists() and stage < len(lengths):
+            folder.catch_signals(False)  # a kill here loses nothing: the command goes on writing
+            write_pseudo_masks(f, data, part.path / "pseudo", cfg, ctx)
             if ctx.main:
-                checkpoint.save(place / "finished.pt", dict(miou=confusion.miou(), quality=quality))
-            del f  # it would stay on the device
-            ctx.catch_sigterm()
+                checkpoint.save(finished, dict(miou=confusion.miou()))
+            folder.catch_signals()
             ctx.barrier()
-        state = checkpoint.load(place / "finished.pt")
-        scores.append(f"S{stage} {100 * state['miou']:.1f}")
-        say(f"stage {stage} is finished: mIoU {100 * state['miou']:.1f}; pseudo-masks in {place / 'pseudo'}"
-            + ("" if state["quality"] is None else f", mIoU {100 * state['quality']:.1f} on hidden labels"))
-    _, confusion, best = train_stage(len(lengths), lengths, data, labelled, folder, cfg, ctx)
-    say(confusion.table(data.classes))
-    if scores:
-        say(f"mIoU of the stages: {', '.join(scores)}, S{cfg.stages} {100 * confusion.miou():.1f}")
-    say(f"final: mIoU {100 * confusion.miou():.1f} (best {best}) {folder}")
-    ctx.close()
+        if stage < len(lengths):
+            score = 100 * checkpoint.load(finished)["miou"]
+            ctx.say(f"stage {stage} is finished: mIoU {score:.1f}")
+    folder.take_over(part)
+    part.finish(confusion)
     return confusion.miou()
+
+
+def check_stages(cfg, data):
+    """Raises UserError if cfg.out holds other stages than those that this command trains, or lacks
+    the stage whose masks a later one was trained on; and if masks are missing in --masks."""
+    first = cfg.stages if cfg.masks else 1
+    found = [k for k in range(1, 102) if Path(cfg.out, f"stage{k}/last.pt").exists()]
+    if found != list(range(first, cfg.stages + 1))[:len(found)]:
+        raise UserError(f"{cfg.out} holds the stages {found}, but this command trains {first} to "
+                        f"{cfg.stages}, one after the other: choose another folder with --out")
+    if cfg.masks and cfg.lambda_pl > 0:
+        paths = [mask_path(cfg.masks, data.train, i) for i in range(len(data.train))]
+        if missing := [path for path in paths if not path.exists()]:
+            raise UserError(f"--masks {cfg.masks}: {len(missing)} of {len(paths)} training images "
+                            f"have no pseudo-mask there, such as {missing[0]}")
 
 
 def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
     """A stage, from the pretrained weights to its last step. lengths: steps of every stage.
-    -> (f as it is scored, its ConfusionMatrix, "mIoU at step n" of the best evaluation)"""
-    steps, done, is_last = lengths[stage - 1], sum(lengths[:stage - 1]), stage == len(lengths)
-    place, share, num_classes = folder / f"stage{stage}", ctx.share(cfg.batch), len(data.classes)
-    place.mkdir(exist_ok=True)
-    net = MultiTask(cfg, num_classes, stage)
-    resumed = (place / "last.pt").exists()
-    if not resumed:
-        load_pretrained(net.f, cfg, print if ctx.main else lambda _: None)
-    net = ctx.synchronise_bn(net).to(ctx.device, memory_format=torch.channels_last)
-    teacher = copy.deepcopy(net).requires_grad_(False).eval() if stage > 1 else None
+    -> (f as it is scored, its ConfusionMatrix)
+
+    log.csv: losses without their weights; miou of the teacher (in Stage 1 of the student),
+    miou_branch of its g, miou_student. `step` counts through all stages.
+    """
+    steps = lengths[stage - 1]
+    net = MultiTask(cfg, len(data.classes), stage)
+    if folder.is_new:
+        load_pretrained(net.f, cfg, ctx.say)
+        shutil.rmtree(folder.path / "pseudo", ignore_errors=True)  # other weights wrote them
+    net = ctx.place(net)
+    teacher = make_teacher(net).eval() if stage > 1 else None
+    scored, others = net, {}  # the network that is scored and writes the masks (D3)
+    if stage > 1 and cfg.writer == "teacher":
+        scored, others = teacher, dict(miou_student=net)
+    elif stage > 1:
+        others = dict(miou_teacher=teacher)
     optimizer = make_optimizer(net, cfg)
     ctx.new_scaler()
-    holders = dict(student=net, optimizer=optimizer, scaler=ctx.scaler) | (dict(teacher=teacher) if teacher else {})
-    step, best, best_step = 0, 0.0, 0
-    if resumed:
-        state = checkpoint.load(place / "last.pt", ctx.device)
-        step, best, best_step = state["step"] - done, state["best"], state["best_step"]
-        for name, holder in holders.items():
-            holder.load_state_dict(state[name])
-        del state  # it would stay on the device
-    about = dict(script="three_stage", config=asdict(cfg), classes=list(data.classes),
-                 palette=torch.from_numpy(data.palette), stage=stage)
-    wrapped, judge = ctx.wrap(net), teacher or net  # judge: the network that is scored and that writes the masks (D3)
-    if cfg.compile:
-        net.compile()
-        if teacher:
-            teacher.compile()
-
-    if stage == 1:
-        stream = Stream(data.train, labelled, Weak(cfg), cfg.seed, "labelled stage1", True)
-    else:
-        masks = Path(cfg.masks or folder / f"stage{stage - 1}/pseudo") if cfg.lambda_pl > 0 else None
-        stream = Minibatches(data, labelled, masks, stage, cfg)
-    batches = endless(stream, share, step, cfg.workers, ctx)
-    rows_l = min(max(cfg.batch_l - ctx.rank * share, 0), share)  # the labelled images among this process's share
-    log = Log(folder, sum(lengths), cfg.log_every, done + step, cfg.batch, ctx.device, ctx.main, ctx.mean)
-    log.say(f"{'baseline' if cfg.supervised else f'stage {stage}'}: {steps} steps"
-            + (f", resumed at {step}" if step else ""))
-
-    def save(path, **state):
-        log.flush()  # stops the run here if a loss was not finite, the last good checkpoint kept
-        if ctx.main:
-            checkpoint.save(path, about | dict(net=judge.f.state_dict(), step=done + step) | state)
-
-    def save_all():
-        save(place / "last.pt", best=best, best_step=best_step, **{name: h.state_dict() for name, h in holders.items()})
-
-    @torch.no_grad()
-    def all_logits(x):
-        with ctx.autocast():
-            logits = [z for z in judge(x) if z is not None]
-            return logits + ([net(x, branch=False)[0]] if teacher else [])
-
-    def score():
-        nonlocal best, best_step
-        net.eval()
-        names = ["miou", *["miou_branch"] * (net.branch is not None), *["miou_student"] * (teacher is not None)]
-        confusions = evaluate(all_logits, names, data, cfg, ctx)
-        confusion = confusions["miou"]
-        if confusion.miou() > best:
-            best, best_step = confusion.miou(), done + step
-            save(place / "best.pt", miou=best)
-        log.evaluated(done + step, **{name: c.miou() for name, c in confusions.items()}, best=best)
-        if ctx.main:
-            stage_panel(judge.f, stage, data, folder, cfg, ctx)
-            log.curves()
-        net.train()
-        return confusion
+    step = folder.resume(cfg.batch, sum(lengths), sum(lengths[:stage - 1]), net=scored.f,
+                         student=net, teacher=teacher, optimizer=optimizer, scaler=ctx.scaler)
+    wrapped = ctx.wrap(net, cfg.compile)
+    masks = None
+    if net.branch is not None:
+        masks = cfg.masks or folder.path.parent / f"stage{stage - 1}/pseudo"
+    batch_l = cfg.batch if stage == 1 else cfg.batch_l
+    share = ctx.share(cfg.batch)
+    n_l = min(max(batch_l - ctx.rank * share, 0), share)  # the first processes have the labelled
+    minibatches = Minibatches(data, labelled, batch_l, masks, stage, cfg)
+    batches = endless(minibatches, share, step, cfg.workers, ctx)
+    folder.log.say(f"stage {stage}: {steps} steps" + (f", resumed at {step}" if step else ""))
+    initial = math.prod(alpha(k, steps, cfg.ema) for k in range(steps))  # weights in the teacher
+    if teacher is not None and initial > 0.1:
+        folder.log.say(f"note: {100 * initial:.0f} % of the teacher will still be its initial "
+                       f"weights after {steps} steps: give a smaller --ema, or more --steps")
 
     net.train()
-    while step < steps and not ctx.stopping(due=step % cfg.log_every == 0):
-        with log.waiting():
-            batch = next(batches)
+    while step < steps:
+        folder.stop_if_asked(step)
+        if step > 0 and step % cfg.eval_every == 0:
+            confusion, rest, examples = evaluate(scored, others, data, cfg, ctx)
+            folder.scored(step, confusion.miou(), examples, **rest)
+        with folder.log.waiting():
+            x_w, x_s, index, y, pseudo = next(batches)
         optimizer.zero_grad()
-        if stage == 1:
-            x, y = batch
-            with ctx.autocast():
-                logits, _ = wrapped(x)
-            loss = cross_entropy(logits, y, ctx)  # Eq. 2
-            terms = dict(loss_seg=loss.detach())
-        else:
-            x_w, x_s, index, y, pseudo = batch  # labelled images first: their two views are equal
-            if cfg.lambda_con > 0:
-                with torch.no_grad(), ctx.autocast():
-                    logits_t, _ = teacher(x_w, branch=False)
-            with ctx.autocast():
-                logits, logits_g = wrapped(x_s)
-            loss = loss_seg = cross_entropy(logits[:rows_l], y[:rows_l], ctx)  # Eq. 2
-            terms = dict(loss_seg=loss_seg.detach())
-            if cfg.lambda_con > 0:
-                padding = (x_w == 0).all(1) if cfg.con_ignore_padding else None
-                loss_con = consistency(logits, logits_t, index, ctx, cfg.con_target, padding)  # Eq. 1
-                loss, terms = loss + cfg.lambda_con * loss_con, terms | dict(loss_con=loss_con.detach())
-            if cfg.lambda_pl > 0:
-                loss_pl = cross_entropy(logits_g, warp(pseudo, index, T.IGNORE), ctx)  # Eq. 3
-                loss, terms = loss + cfg.lambda_pl * loss_pl, terms | dict(loss_pl=loss_pl.detach())
+        with ctx.autocast():
+            logits, logits_g = wrapped(x_s)
+        y = y[:n_l]
+        loss = loss_seg = cross_entropy(logits[:n_l], y, ctx.count(y != T.IGNORE))  # Eq. 2
+        terms = dict(loss_seg=loss_seg)
+        if stage > 1 and cfg.lambda_con > 0:
+            with torch.no_grad(), ctx.autocast():
+                teacher_logits, _ = teacher(x_w, branch=False)
+            loss_con = consistency(logits, teacher_logits, index, ctx.count(index >= 0),
+                                   cfg.con_target)  # Eq. 1
+            loss = loss + cfg.lambda_con * loss_con
+            terms |= dict(loss_con=loss_con)
+        if logits_g is not None:
+            target = warp(pseudo, index, T.IGNORE)
+            loss_pl = cross_entropy(logits_g, target, ctx.count(target != T.IGNORE))  # Eq. 3
+            loss = loss + cfg.lambda_pl * loss_pl
+            terms |= dict(loss_pl=loss_pl)
         ctx.scaler.scale(loss).backward()  # Eq. 4, 5: L = L_seg + lambda_1 L_con + lambda_2 L_pl
         ctx.scaler.step(optimizer)
         ctx.scaler.update()
-        if teacher:
-            update_ema(teacher, net, alpha(step, cfg), buffers="ema")
+        if teacher is not None:
+            update_ema(teacher, net, alpha(step, steps, cfg.ema), buffers="ema")
         step += 1
-        log.add(done + step, stage=stage, **terms, lr=cfg.lr)
-        if step % cfg.eval_every == 0 and step < steps:
-            score()
-        if step % cfg.save_every == 0 or step == steps:
-            save_all()
-    if step < steps:
-        save_all()
-        log.say(f"SIGTERM: saved at step {step} of stage {stage}; the same command resumes")
-        raise SystemExit(143)
-    confusion = score()
-    if is_last:  # the run's result, without the state of the training
-        save(folder / "last.pt", miou=confusion.miou())
-        if ctx.main and (place / "best.pt").exists():
-            checkpoint.save(folder / "best.pt", checkpoint.load(place / "best.pt"))
-    log.close()
-    return judge.f.eval(), confusion, f"{100 * best:.1f} at step {best_step}"
+        folder.log.add(folder.first_step + step, stage=stage, **terms, lr=cfg.lr)
+        if step % cfg.save_every == 0 or step % cfg.eval_every == 0 or step == steps:
+            folder.save(step)
+    confusion, rest, examples = evaluate(scored, others, data, cfg, ctx)
+    folder.scored(step, confusion.miou(), examples, **rest)
+    folder.log.close()
+    return scored.f.eval(), confusion
 
 
 def make_optimizer(net, cfg):
-    """Adam; every trainable parameter once: conv1, the rest of the backbone and its shortcuts at their shares of --lr
-    (D5), ASPP_1 and the branch at --lr"""
+    """Adam with groups that hold every trainable parameter once: conv1, the rest of the backbone,
+    its shortcuts (D5), and at --lr the classifiers and conv6"""
     conv1, body, shortcut = LR_GROUPS[cfg.lr_groups]
     groups = {}
     for name, parameter in net.named_parameters():
+        share = 1.0
+        if name.startswith("f.body"):
+            share = shortcut if "downsample" in name else body
+        if name.startswith(("f.body.conv1", "f.body.bn1")):
+            share = conv1
         if parameter.requires_grad:
-            first = name.startswith(("f.body.conv1", "f.body.bn1"))
-            share = conv1 if first else shortcut if "downsample" in name else body
-            groups.setdefault(share if name.startswith("f.body") else 1.0, []).append(parameter)
+            groups.setdefault(share, []).append(parameter)
     groups = [dict(params=parameters, lr=share * cfg.lr) for share, parameters in groups.items()]
-    return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    return torch.optim.Adam(groups, cfg.lr, fused=True)
 
 
-def stage_panel(f, stage, data, folder, cfg, ctx):
-    """Fig. 4, 5: predictions.png with the columns image | Stage 1 | .. | this stage | truth for six scored images.
-
-    A stage's predictions are kept in its folder as panel.pt, for the panels of later stages."""
-    chosen = np.linspace(0, len(data.val) - 1, min(6, len(data.val))).astype(int)
-    samples = [T.ForScoring(scoring_size(cfg))(data.val.image(i), data.val.mask(i)) for i in chosen]
-    found = [predict(f, to_device(x[None], ctx.device), ctx).argmax(1)[0].byte().cpu() for x, _ in samples]
-    checkpoint.save(folder / f"stage{stage}/panel.pt", dict(predictions=found))
-    earlier = [(k, folder / f"stage{k}/panel.pt") for k in range(1, stage + 1)]
-    columns = {f"Stage {k}": checkpoint.load(path)["predictions"] for k, path in earlier if path.exists()}
-    rows = [(T.denormalise(x), *(column[row].numpy() for column in columns.values()), y.numpy())
-            for row, (x, y) in enumerate(samples)]
-    prediction_panel(rows, data.palette, data.classes, ("image", *columns, "truth")).save(folder / "predictions.png")
-
-
-# ------------------------------------------------------------------------------------------------ command line
-
-def load_segmenter(path, given, ctx):
-    """-> (f, cfg, state) from a checkpoint, with the flags that make sense for inference on top of its config"""
-    state = checkpoint.load(path, ctx.device)
-    if not isinstance(state, dict) or state.get("script") != "three_stage":
-        raise UserError(f"{path} is not a checkpoint of this script: expected a file such as runs/.../last.pt")
-    useless = sorted(set(given) - {*FREE, "data", "size", "eval_size", "batch", "precision"})
-    if useless:
-        raise UserError(f"--{useless[0].replace('_', '-')} has no effect on a trained network; {path} brings its own "
-                        f"settings")
-    cfg = from_dict(Config, state["config"], given)
-    f = Segmenter(cfg, len(state["classes"])).to(ctx.device, memory_format=torch.channels_last)
-    f.load_state_dict(state["net"])
-    return f.eval(), cfg, state
-
-
-def score_checkpoint(cfg, given):
-    """--evaluate: per-class table and mIoU of a checkpoint on the scored split"""
-    ctx = Runtime(cfg.device, cfg.precision)
-    f, cfg, state = load_segmenter(cfg.evaluate, given, ctx)
-    data = open_dataset(cfg.data, cfg.root, cfg.download)
-    if list(data.classes) != state["classes"]:
-        raise UserError(f"{cfg.evaluate} was trained on {len(state['classes'])} classes "
-                        f"({', '.join(state['classes'][:3])}, ..), but --data {cfg.data} has {len(data.classes)} others"
-                        f": evaluate it on the dataset it was trained on")
-    confusion = evaluate(lambda x: [predict(f, x, ctx)], ["miou"], data, cfg, ctx)["miou"]
-    if ctx.main:
-        print(confusion.table(data.classes))
-        print(f"{cfg.evaluate} (stage {state['stage']}, step {state['step']}): mIoU {100 * confusion.miou():.1f} on "
-              f"{len(data.val)} {data.scored_on} images, single scale")
-    ctx.close()
-
-
-def predict_images(cfg, given):
-    """--predict: a palette PNG of class ids, at the image's own size, for every image of a folder"""
-    ctx = Runtime(cfg.device, cfg.precision)
-    f, cfg, state = load_segmenter(cfg.predict, given, ctx)
-    out = given.get("out") or Path(cfg.predict).parent / "predictions"
-    count = predict_folder(partial(predict, f, ctx=ctx), cfg.images, out, state["palette"], scoring_size(cfg),
-                           ctx.device)
-    print(f"{count} predictions in {out}")
-
+# ---------------------------------------------------------------------- command line
 
 def main(argv=None):
-    cfg, given = parse(Config, PRESETS, argv, __doc__.partition("\n\n")[0])
+    cfg, given = parse(Config, PRESETS, argv, __doc__)
+    if not cfg.evaluate and not cfg.predict:
+        settle(cfg, given)
+        train(cfg)
+        return
+    ctx = Runtime(cfg.device, cfg.precision)
+    path = cfg.evaluate or cfg.predict
+    cfg, state = open_checkpoint("three_stage", path, Config, given, ctx.device)
+    net = MultiTask(cfg, len(state["classes"]), stage=1)
+    load_network(net.f, state, path, ctx.device)
     if cfg.evaluate:
-        return score_checkpoint(cfg, given)
-    if cfg.predict:
-        return predict_images(cfg, given)
-    if cfg.supervised and "masks" in given:
-        raise UserError("--supervised uses no pseudo-masks, so --masks has no meaning with it: drop one of the two")
-    if cfg.stage1_share <= 0:
-        raise UserError(f"--stage1-share {cfg.stage1_share}: expected a share above 0")
-    scoring_size(cfg)  # a mistake in it is told now, not after the first steps
-    if cfg.scale[0] != cfg.scale[1] and not cfg.crop:
-        raise UserError("--scale gives images of many sizes, of which no minibatch can be made: give a --crop with it")
-    if cfg.masks and cfg.stages < 2:
-        raise UserError("--masks starts the last stage with pseudo-masks, but Stage 1 needs none: give --stages 2 or 3")
-    scratch = cfg.weights == "none"
-    cfg.bn = cfg.bn or ("learn" if scratch else "frozen")
-    cfg.lr_groups = cfg.lr_groups or ("literal" if scratch else "released")
-    labels = Path(cfg.split).stem if cfg.split else cfg.labeled.replace("/", "_")
-    kind = "supervised" if cfg.supervised else f"stage{cfg.stages}" if cfg.masks else ""
-    cfg.out = cfg.out or f"runs/three_stage-{cfg.data}-{labels}-seed{cfg.seed}" + (f"-{kind}" if kind else "")
-    train(cfg)
+        data = open_dataset(cfg.data, cfg.root)
+        same_classes(data, state, path)
+        confusion, _, _ = evaluate(net, {}, data, cfg, ctx)
+        ctx.say(confusion.table(data.classes))
+        ctx.say(f"{path} (step {state['step']}): mIoU {100 * confusion.miou():.1f} on "
+                f"{len(data.val)} {data.scored_on} images, single scale")
+    else:
+        out = cfg.out or Path(path).parent / "predictions"
+        network = partial(predict, net.f.eval(), ctx=ctx)
+        predict_folder(network, cfg, out, state["palette"], ctx)
+    ctx.close()
 
 
 if __name__ == "__main__":

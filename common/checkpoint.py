@@ -1,31 +1,86 @@
-"""Checkpoints that survive a kill at any moment: written beside the target, flushed to the disk, then renamed."""
+"""Checkpoints that survive a kill at any moment, written beside the target, flushed, renamed; and
+opening one to score it or to predict with it."""
+import dataclasses
 import os
 from pathlib import Path
 
 import torch
 
-from common.settings import UserError
+from common.command_line import check_needs
+from common.settings import UserError, flag, from_saved
 
 
 def save(path, state):
-    """Write `state` (nested dicts of tensors, numbers, strings) so that `path` is always a whole file, old or new."""
+    """Write `state` (nested dicts of tensors, numbers, strings); `path` is always a whole file.
+
+    Raises UserError when it cannot be written, as on a full disk; the old file is kept then.
+    """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # left behind by a kill, it is overwritten by the next save
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself must reach the disk
-    os.close(folder)
+    temporary = path.with_name(path.name + ".tmp")  # after a kill, the next save overwrites it
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the rename itself must reach the disk
+        os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's own error hides the disk's
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({error.__context__ or error}): expected a "
+                        "folder with room for it") from error
 
 
 def load(path, device="cpu"):
-    """Read a checkpoint without running any code of it (weights_only). Raises UserError for a missing or foreign file."""
+    """Read a checkpoint without running any code of it (weights_only).
+
+    Raises UserError for a missing or foreign file.
+    """
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: expected a file such as runs/.../last.pt")
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a file that is not its own
-        raise UserError(f"{path} is not a checkpoint that can be loaded safely ({type(error).__name__})") from error
+        raise UserError(f"{path} is not a checkpoint that can be loaded safely "
+                        f"({type(error).__name__})") from error
+
+
+def open_checkpoint(script, path, config_class, given, device):
+    """For --evaluate and --predict. -> (config, state): the settings in the checkpoint with the
+    flags `given` on top, and its contents. Raises UserError for another script's file, and for
+    flags without effect."""
+    state = load(path, device)
+    if not isinstance(state, dict) or state.get("script") != script or "net" not in state:
+        raise UserError(f"{path} is not a checkpoint of {script}.py: expected a file such as "
+                        f"runs/.../last.pt")
+    useful = {f.name for f in dataclasses.fields(config_class) if f.metadata["scoring"]}
+    if useless := sorted(set(given) - useful):
+        raise UserError(f"{flag(useless[0])} has no effect on a trained network; {path} brings its "
+                        f"own settings")
+    try:
+        config = from_saved(config_class, state["config"], given)
+        state["step"], state["palette"].tolist(), len(state["classes"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged, or of another version ({error})") from error
+    check_needs(config, given)
+    return config, state
+
+
+def load_network(net, state, path, device):
+    """The network of a checkpoint, on the device. Raises UserError if its weights do not fit."""
+    try:
+        net.load_state_dict(state["net"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} does not hold the weights of its own settings: it is damaged, or "
+                        f"of another version") from error
+    return net.to(device, memory_format=torch.channels_last)
+
+
+def same_classes(data, state, path):
+    """Raises UserError if a checkpoint was trained on other classes than those of the dataset."""
+    if list(data.classes) != state["classes"]:
+        names = ", ".join(state["classes"][:3])
+        raise UserError(f"{path} was trained on {len(state['classes'])} classes ({names}, ..), but "
+                        f"--data {data.name} has {len(data.classes)} others: evaluate it on the "
+                        f"dataset it was trained on")

@@ -1,4 +1,6 @@
-"""Pictures and files made with a trained network: the panel of a run, and predictions for a folder of images."""
+"""What a trained network is used for: examples for the panel of a run, predictions for a folder."""
+import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -6,43 +8,123 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from common.pictures import prediction_panel, save_mask
-from common.settings import UserError
+from common.datasets import bdd100k, cityscapes, voc
+from common.datasets.masks import IMAGE_SUFFIXES, find_files, read_image
+from common.pictures import save_mask, save_picture
+from common.run_folder import make_folder
+from common.settings import UserError, say
 from common.streams import to_device
 from common.transforms import ForScoring, denormalise
 
+SERVERS = {  # --format: the names that the test server knows, and the palette of its classes
+    "voc": (voc.KEY, voc.voc_palette()[:21]),
+    "cityscapes": (cityscapes.KEY, cityscapes.PALETTE),
+    "bdd100k": (bdd100k.KEY, cityscapes.PALETTE),
+}
 
-def panel(predict, data, size, device, count=6):
-    """Picture of image | truth | prediction for `count` images spread over the scored split.
 
-    predict: images [1, 3, H, W] -> logits [1, C, H, W]; size: (H, W) at which images are scored, None for their own.
+class Examples:
+    """Six images spread over this process's share of the scored split, with truth and prediction.
+
+    rows: list of (image uint8 [H, W, 3], truth [H, W], prediction [H, W]), numpy.
     """
-    rows = []
-    for i in np.linspace(0, len(data.val) - 1, min(count, len(data.val))).astype(int):
-        image, mask = ForScoring(size)(data.val.image(i), data.val.mask(i))
-        prediction = predict(to_device(image[None], device)).argmax(1)[0]
-        rows.append((denormalise(image), mask.numpy(), prediction.byte().cpu().numpy()))
-    return prediction_panel(rows, data.palette, data.classes)
+
+    def __init__(self, count, ctx):
+        self.every = max(1, len(range(ctx.rank, count, ctx.world)) // 6)
+        self.seen = 0
+        self.rows = []
+
+    def add(self, x, y, prediction):
+        """The next batch: normalised images [B, 3, H, W], masks and predictions [B, H, W]"""
+        for image, truth, predicted in zip(x, y, prediction):
+            if self.seen % self.every == 0 and len(self.rows) < 6:
+                maps = (m.byte().cpu().numpy() for m in (truth, predicted))
+                self.rows.append((denormalise(image), *maps))
+            self.seen += 1
 
 
-def predict_folder(predict, images, out, palette, size, device):
-    """Write a palette PNG of class ids, at the image's own size, for every image of a folder. -> their number
+def predict_folder(network, cfg, out, palette, ctx):
+    """Predict every image below cfg.images, shared out over the processes, into the folder `out`.
 
-    Where `size` is set, images are resized to it, and their logits (not their labels) back.
+    network: images [1, 3, H, W] -> logits [1, C, H, W]. palette: uint8 tensor [C, 3].
+    cfg.scoring_size: (H, W) to which images are resized; None: they keep their own.
+    cfg.format: what is written, see `targets_of` and `save_prediction`.
+    An image that cannot be read does not keep it from the others; UserError names them at the end.
     """
-    paths = sorted(p for p in Path(images).glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".bmp"))
-    if not images or not paths:
-        raise UserError(f"--images {images or '(not given)'}: expected a folder with .jpg, .png or .bmp images to predict")
-    if len({p.stem for p in paths}) < len(paths):
-        raise UserError(f"--images {images}: two images differ in nothing but their suffix, and so would their predictions")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        with Image.open(path) as file:
-            image = np.array(file.convert("RGB"))
-        x, _ = ForScoring(size)(image, None)
-        logits = predict(to_device(x[None], device))
-        if logits.shape[2:] != image.shape[:2]:
-            logits = F.interpolate(logits, image.shape[:2], mode="bilinear", align_corners=False)
-        save_mask(logits.argmax(1)[0].byte().cpu().numpy(), palette.cpu().numpy(), out / f"{path.stem}.png")
-    return len(paths)
+    palette = palette.cpu().numpy()
+    targets = targets_of(cfg.images, Path(out), cfg.format, palette)
+    make_folder(Path(out))
+    paths = list(targets)
+    failed = torch.zeros(len(paths), device=ctx.device)
+    mine = range(ctx.rank, len(paths), ctx.world)
+    every = max(10, len(mine) // 10)
+    for count, i in enumerate(mine, 1):
+        try:
+            image = read_image(paths[i])
+            size = (1024, 2048) if cfg.format == "cityscapes" else image.shape[:2]
+            ids = predict_image(network, image, cfg.scoring_size, size, ctx.device)
+            make_folder(targets[paths[i]].parent)
+            save_prediction(ids, palette, targets[paths[i]], cfg.format)
+        except (UserError, OSError) as error:
+            say(error)
+            failed[i] = 1
+        if count % every == 0:
+            ctx.say(f"predicted {100 * count // len(mine)} % of {len(paths)} images")
+    lost = [path for path, is_lost in zip(paths, ctx.sum(failed).tolist()) if is_lost]
+    ctx.say(f"{len(paths) - len(lost)} predictions in {out}")
+    if lost:
+        raise UserError(f"--images {cfg.images}: {len(lost)} of {len(paths)} images could not be "
+                        f"predicted: {', '.join(lost)}")
+
+
+def predict_image(network, image, size, target_size, device):
+    """uint8 [H, W, 3] -> class ids, uint8 [H', W'] of target_size. The image is resized to `size`,
+    if given, and the logits, not the labels, to target_size."""
+    x, _ = ForScoring(size)(image, None)
+    logits = network(to_device(x[None], device))
+    if logits.shape[2:] != target_size:
+        logits = F.interpolate(logits, target_size, mode="bilinear", align_corners=False)
+    return logits.argmax(1)[0].byte().cpu().numpy()
+
+
+def targets_of(images, out, form, palette):
+    """{image: file of its prediction}, sorted, of a tree of folders, which is kept, unless the test
+    server wants all in one. Raises UserError if names or classes are not those of the server, or if
+    two predictions, or one and an image, would be one file."""
+    found = find_files(images, IMAGE_SUFFIXES, with_folders=True) if images else {}
+    if not found:
+        raise UserError(f"--images {images or '(not given)'}: expected a folder with images "
+                        f"({', '.join(IMAGE_SUFFIXES)}) to predict")
+    folders = [Path(os.path.realpath(folder)) for folder in (images, out)]
+    if folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
+        raise UserError(f"--out {out}: expected a folder that is not in --images {images}, nor has "
+                        f"it inside, so that no image is overwritten")
+    key_pattern, classes = SERVERS.get(form, ("", palette))
+    if not np.array_equal(palette, classes):
+        raise UserError(f"--format {form} is for its {len(classes)} classes, but the network of "
+                        f"this checkpoint has learned {len(palette)} others")
+    targets, keys = {}, {}
+    for name, path in sorted(found.items()):
+        match = re.search(key_pattern, Path(name).name)
+        if not match:
+            raise UserError(f"{path}: --format {form} expected the name of one of its images")
+        key = match[0] or name
+        if key in keys:
+            raise UserError(f"{path} and {keys[key]}: --format {form} takes one of them only")
+        keys[key] = path
+        places = {"voc": f"results/VOC2012/Segmentation/comp6_test_cls/{key}", "bdd100k": key}
+        targets[path] = out / f"{places.get(form, name)}.png"
+    inputs = {os.path.realpath(path) for path in found.values()}
+    if hit := [path for path in targets.values() if os.path.realpath(path) in inputs]:
+        raise UserError(f"--out {out}: {hit[0]} is one of the images, and would be overwritten")
+    return targets
+
+
+def save_prediction(ids, palette, path, form):
+    """ids uint8 [H, W] as a palette PNG; in gray for bdd100k (trainIds) and cityscapes (7..33)."""
+    if form == "cityscapes":
+        ids = np.array([kind.id for kind in cityscapes.TRAINED], np.uint8)[ids]
+    if form in ("cityscapes", "bdd100k"):
+        save_picture(Image.fromarray(ids), path)
+    else:
+        save_mask(ids, palette, path)

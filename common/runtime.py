@@ -1,63 +1,87 @@
-"""Device, precision, processes and randomness: one code path for CPU and CUDA, one process and torchrun."""
+"""Device, precision and processes: one code path for CPU and CUDA, one process and torchrun."""
 import os
-import signal
 import time
 from contextlib import nullcontext
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common.settings import UserError
+from common.random import Random
+from common.settings import UserError, say
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Runtime:
     """Where and how a run computes. `main` is true on the one process that prints and writes."""
 
     def __init__(self, device="auto", precision="auto"):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world = int(os.environ.get("WORLD_SIZE", 1))
         self.main = self.rank == 0
         if device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device cpu, or check the driver")
+            raise UserError("--device cuda: no CUDA device is visible to PyTorch; use --device "
+                            "cpu, or check the driver")
         cuda = device != "cpu" and torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.device = torch.device("cpu")
         if cuda:
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if precision == "auto":
-            precision = ("bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16") if cuda else "fp32"
+            torch.backends.cuda.matmul.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True
+        if precision == "auto" and cuda:
+            bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            precision = "bf16" if bf16 else "fp16"
+        elif precision == "auto":
+            precision = "fp32"
         if precision == "fp16" and not cuda:
             raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
         self.precision = precision
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        self.dtype = DTYPES[precision]
         self.new_scaler()
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
-        self._stop = False
 
     def __str__(self):
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        cuda = self.device.type == "cuda"
+        name = torch.cuda.get_device_name(self.device) if cuda else "CPU"
         return f"{self.world} x {name}, {self.precision}, torch {torch.__version__}"
 
+    def say(self, text):
+        """Print a line for the user, once."""
+        if self.main:
+            say(text)
+
     def new_scaler(self):
-        """Begin with a fresh gradient scaler, as every training does; without fp16 it does nothing."""
+        """Begin with a fresh gradient scaler, as every training does; it acts with fp16 only."""
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
     def autocast(self):
-        return torch.autocast(self.device.type, self.dtype) if self.dtype != torch.float32 else nullcontext()
+        """Context in which networks compute in the run's precision."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
 
-    def wrap(self, module):
-        """DistributedDataParallel with synchronised batch normalisation, or the module itself when it is alone."""
+    def place(self, module):
+        """To the device, in channels_last order, batch normalisation synchronised over processes.
+        Before the optimiser is made: parameters may be replaced."""
+        return self.synchronise_bn(module).to(self.device, memory_format=torch.channels_last)
+
+    def wrap(self, module, compiled=False):
+        """DistributedDataParallel, or the module itself when it is alone; compiled in place."""
+        if compiled:
+            module.compile()
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)  # SyncBN keeps buffers equal
+        # synchronised BN keeps the buffers equal
+        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
     def synchronise_bn(self, module):
-        """Replace BatchNorm2d by a synchronised one when there are several processes (before the optimiser is made)."""
+        """Replace BatchNorm2d by a synchronised one when there are several processes."""
         if self.world == 1:
             return module
         if self.device.type == "cuda":
@@ -74,13 +98,14 @@ class Runtime:
         return module
 
     def share(self, count, flag="--batch"):
-        """This process's share of a global batch of `count`. Raises UserError when it cannot be split evenly."""
+        """This process's share of a global batch. Raises UserError if it cannot be split evenly."""
         if count % self.world:
-            raise UserError(f"{flag} {count} cannot be split over {self.world} processes; use a multiple of {self.world}")
+            raise UserError(f"{flag} {count} cannot be split over {self.world} processes; use a "
+                            f"multiple of {self.world}")
         return count // self.world
 
     def sum(self, tensor):
-        """Sum over processes (in place on a detached copy)."""
+        """Sum over processes (of a detached copy)."""
         tensor = tensor.detach().clone()
         if self.world > 1:
             dist.all_reduce(tensor)
@@ -90,12 +115,13 @@ class Runtime:
         """Mean over processes."""
         return self.sum(tensor) / self.world
 
-    def global_mean(self, total, count):
-        """total / count as if all processes' shares were one batch, with the gradient that DDP's averaging expects.
+    def count(self, mask):
+        """Number of true entries of a bool tensor, its mean over the processes.
 
-        total: scalar with a graph; count: scalar tensor. An empty count gives 0 with a graph.
+        A loss that divides its local sum by this number is, once DDP has averaged the gradients,
+        the mean over the global batch. At least 1 in all, so that an empty batch gives 0.
         """
-        return total / (self.sum(count) / self.world).clamp(min=1 / self.world)
+        return (self.sum(mask.sum()) / self.world).clamp(min=1 / self.world)
 
     def gather(self, tensor):
         """Concatenation along dim 0 of every process's (equally shaped) detached tensor."""
@@ -105,8 +131,13 @@ class Runtime:
         dist.all_gather(parts, tensor.detach().contiguous())
         return torch.cat(parts)
 
+    def extremes(self, tensor):
+        """Smallest and largest value in the tensors of all processes, 0-d and detached."""
+        low, high = self.gather(torch.stack([tensor.amin(), tensor.amax()])[None]).unbind(1)
+        return low.min(), high.max()
+
     def average_grads(self, parameters):
-        """Average the gradients of parameters that live outside the DDP wrapper, in one collective."""
+        """Average the gradients of parameters outside the DDP wrapper, in one collective."""
         grads = [p.grad for p in parameters if p.grad is not None]
         if self.world > 1 and grads:
             flat = self.mean(torch.cat([g.flatten() for g in grads]))
@@ -117,56 +148,17 @@ class Runtime:
         if self.world > 1:
             dist.barrier()
 
-    def catch_sigterm(self, catch=True):
-        """From now on SIGTERM only raises a flag, read by `stopping`; with `catch` off it ends the process at once."""
-        signal.signal(signal.SIGTERM, (lambda *_: setattr(self, "_stop", True)) if catch else signal.SIG_DFL)
-
-    def stopping(self, due=True):
-        """True once any process got SIGTERM. With several processes the answer is only asked for when `due`."""
-        if self.world == 1:
-            return self._stop
-        return due and bool(self.sum(torch.tensor(float(self._stop), device=self.device)))
-
     def close(self):
         """Leave the group of processes."""
         if dist.is_initialized():
-            time.sleep(0.5)  # gloo's threads need the GIL to let go of their last tensors, and the group's end, which
-            dist.destroy_process_group()  # holds the GIL, waits for them: too early, it waits for ever (torch 2.11)
+            # gloo's threads need the GIL to let go of their last tensors, and the group's end,
+            # which holds the GIL, waits for them: too early, it waits for ever (torch 2.11)
+            time.sleep(0.5)
+            dist.destroy_process_group()
 
     def random(self, *key):
-        """Random numbers for this process's share of a global batch, a pure function of `key` (ints or strings)."""
+        """Random numbers for this process's share of a global batch, a pure function of `key`."""
         return Random(key, self.device, self.rank, self.world)
-
-
-def mix(*key):
-    """A 63-bit seed from ints and strings, well spread: neighbouring keys give unrelated streams."""
-    words = [byte for part in key for byte in (str(part) + "/").encode()]
-    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0]) >> 1
-
-
-class Random:
-    """Draws for a batch that may be shared out over processes: every process sees the same global batch of numbers
-    and takes its own rows, so that N processes train exactly as one with the same global batch."""
-
-    def __init__(self, key=(0,), device="cpu", rank=0, world=1):
-        self.generator = torch.Generator(device=device).manual_seed(mix(*key))
-        self.device, self.rank, self.world = device, rank, world
-
-    def uniform(self, batch, *shape):
-        """U[0, 1), [batch, *shape]: one draw per sample."""
-        return self._rows(torch.rand, batch, shape)
-
-    def normal(self, batch, *shape):
-        """N(0, 1), [batch, *shape]: one draw per sample."""
-        return self._rows(torch.randn, batch, shape)
-
-    def shared(self, *shape):
-        """U[0, 1), [*shape]: the same numbers on every process (one draw for the whole batch)."""
-        return torch.rand(shape, generator=self.generator, device=self.device)
-
-    def _rows(self, draw, batch, shape):
-        numbers = draw((batch * self.world, *shape), generator=self.generator, device=self.device)
-        return numbers[self.rank * batch:(self.rank + 1) * batch]
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -184,7 +176,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch statistics over all processes' samples. torch's SyncBatchNorm does the same, on accelerators only."""
+    """Batch statistics over all processes' samples, as torch's SyncBatchNorm on accelerators."""
 
     def forward(self, x):
         if not self.training:

@@ -1,4 +1,6 @@
-"""Learning-rate policy, ramp shapes and the EMA update: functions of the global step, so that a resume needs no state."""
+"""Learning-rate policy, ramp shapes and the EMA update: functions of the global step, so that a
+resume needs no state."""
+import copy
 import math
 
 import torch
@@ -25,21 +27,29 @@ RAMPS = {  # shapes on x in [0, 1] (CCT, Fig. 8)
 
 
 def ramp(shape, step, length):
-    """Value in [0, 1] of the named ramp after `step` of `length` steps; constant after it, and 1 when length is 0."""
+    """Value in [0, 1] of the named ramp after `step` of `length` steps; constant after it, and 1
+    when length is 0."""
     return RAMPS[shape](min(step / length, 1.0)) if length > 0 else 1.0
+
+
+def make_teacher(student):
+    """A copy of the student that is never trained, for update_ema."""
+    return copy.deepcopy(student).requires_grad_(False)
 
 
 @torch.no_grad()
 def update_ema(teacher, student, decay, buffers="copy"):
     """teacher <- decay * teacher + (1 - decay) * student for the parameters.
 
-    buffers (BN statistics): "copy" the student's, "ema" averages them too, "keep" leaves the teacher's own. Integer
-    buffers (counters) are copied unless kept.
+    buffers (BN statistics): "copy" the student's, "ema" averages them too, "keep" leaves the
+    teacher's own. Integer buffers (counters) are copied unless kept.
     """
-    mine, theirs = list(teacher.parameters()), [p.detach() for p in student.parameters()]
+    mine = list(teacher.parameters())
+    theirs = [p.detach() for p in student.parameters()]
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
         if buffers == "ema" and buffer.is_floating_point():
-            mine, theirs = [*mine, buffer], [*theirs, source]
+            mine.append(buffer)
+            theirs.append(source)
         elif buffers != "keep":
             buffer.copy_(source)
     torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -1,184 +1,147 @@
-"""A dataclass becomes the command line: `option` describes a field, `parse` reads the flags over a preset.
-
-Order of precedence: the dataclass's defaults < the preset of `--data` < the flags given. Every flag is a field,
-every field a flag; an unknown flag or a value of the wrong type ends with exit status 2 and one sentence.
-"""
-import argparse
+"""The settings of a script: a dataclass whose every field is a flag, described by `option`."""
 import dataclasses
-import json
 import os
 import sys
 import types
 import typing
-from pathlib import Path
+from dataclasses import dataclass
 
 
 class UserError(Exception):
-    """A mistake the user can mend: one sentence saying what is wrong, where, and what was expected."""
+    """A mistake the user can mend, in one sentence: what is wrong, where, what was expected."""
 
 
 Size = typing.NewType("Size", tuple)  # (height, width), written `360x480`, or `320` for a square
+ANY = object()  # in `needs`: any value but an empty one
 
 
-def option(default, help, choices=None, group=None, within=None):
-    """A dataclass field with its one-line help; `group` opens a new headed section of `--help`; `within` is the smallest
-    and the largest number that is accepted (None: no limit)."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "group": group, "within": within})
+def option(default, help, choices=None, group=None, within=None, needs=None, replaces=None,
+           free=False, scoring=False):
+    """A dataclass field that is a flag.
+
+    group: the headed section of --help, for the fields that follow as well. within: the smallest
+    and the largest number (None: no limit; NaN and infinity never pass). needs: {field: value,
+    tuple of values or ANY}, without which the flag has no effect and is refused. replaces: the
+    field whose place this one takes. free: may differ between a run and its resumption.
+    scoring: counts for --evaluate and --predict.
+    """
+    return dataclasses.field(default=default, metadata=dict(
+        help=help, choices=choices, group=group, within=within, needs=needs or {},
+        replaces=replaces, free=free, scoring=scoring))
 
 
-def _size(text):
-    height, _, width = text.partition("x")
-    if not height.isdigit() or (width and not width.isdigit()) or int(height) < 1 or (width and int(width) < 1):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size; write HEIGHTxWIDTH (360x480) or one number (320)")
-    return int(height), int(width or height)
+POSITIVE = (1, None)
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 
-def _number(kind, within):
-    low, high = within or (None, None)
+@dataclass
+class BaseConfig:
+    """The flags that no paper decides. Every script's Config adds those of its own paper."""
+    data: str = option("shapes", "dataset", group="run", scoring=True)
+    root: str = option("data", "folder of the data: the dataset's own or its parent", free=True,
+                       scoring=True)
+    download: bool = option(False, "let torchvision download the data", free=True,
+                            needs=dict(data="voc"))
+    labeled: str = option("all", "labelled images: a count (1464), a fraction (1/8) or all")
+    split: str = option("", "file that lists the labelled images, instead of a seeded draw")
+    seed: int = option(0, "seed of draw, initialisation and augmentation", within=(0, None))
+    supervised: bool = option(False, "the baseline: labelled images only, same network, same steps")
+    steps: int | None = option(None, "training steps", within=POSITIVE, replaces="epochs")
+    out: str = option("", "run folder [runs/<script>-<data>-<labeled>-seed<k>-<settings>]; the "
+                          "same command resumes the run in it", free=True, scoring=True)
+    evaluate: str = option("", "score this checkpoint and exit", free=True, scoring=True)
+    predict: str = option("", "write palette PNGs of --images with this checkpoint and exit",
+                          free=True, scoring=True)
+    images: str = option("", "folder of images for --predict", needs=dict(predict=ANY), free=True,
+                         scoring=True)
+    format: str = option("palette", "files of --predict: palette PNGs, or what a test server takes",
+                         ("palette", "voc", "cityscapes", "bdd100k"), needs=dict(predict=ANY),
+                         free=True, scoring=True)
 
-    def parse_number(text):
-        number = kind(text)
-        if low is not None and not number >= low or high is not None and not number <= high:
-            limits = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-            raise argparse.ArgumentTypeError(f"{text}: expected {' and '.join(limits)}")
-        return number
-    parse_number.__name__ = kind.__name__  # argparse names it in "invalid float value"
-    return parse_number
+    size: Size | None = option(None, "resize every image to this size", group="images",
+                               replaces="long_side", scoring=True)
+    crop: Size | None = option(None, "random crop")
+    flip: bool = option(False, "random horizontal flip")
+    eval_size: str = option("full", "score at the original size (full) or at --size (train)",
+                            ("full", "train"), scoring=True)
 
+    weights: str = option("imagenet", "backbone weights: imagenet (torchvision), none, or a "
+                                      "state-dict file", group="network")
+    backbone: str = option("resnet50", "encoder", RESNETS)
+    backbone_layers: int = option(4, "keep the first 2 or 3 layers of the ResNet, for small images",
+                                  (2, 3, 4))
 
-def _ids(within):
-    number = _number(int, within)
+    device: str = option("auto", "where to compute", ("auto", "cpu", "cuda"), group="machine",
+                         free=True, scoring=True)
+    precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
+                            ("auto", "fp32", "bf16", "fp16"), scoring=True)
+    compile: bool = option(False, "torch.compile the networks", free=True)
+    workers: int = option(4, "processes that decode and augment, per stream", within=(0, 256),
+                          free=True, scoring=True)
+    eval_every: int = option(1000, "steps between evaluations", within=POSITIVE, free=True)
+    save_every: int = option(500, "steps between checkpoints", within=POSITIVE, free=True)
+    log_every: int = option(20, "steps between log lines", within=POSITIVE, free=True)
 
-    def parse_ids(text):
-        if text == "none" and not within:
-            return ()
-        if not all(part.strip().isdigit() for part in text.split(",")):
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a comma-separated list of numbers, such as 1,2"
-                                             + ("" if within else ", or none"))
-        return tuple(number(part) for part in text.split(","))
-    return parse_ids
-
-
-def _names(choices):
-    def parse_names(text):
-        names = tuple(name.strip() for name in text.split(",") if name.strip())
-        unknown = [name for name in names if choices and name not in choices]
-        if unknown or not names:
-            raise argparse.ArgumentTypeError(f"{text!r}: expected a comma-separated list of {', '.join(choices)}")
-        return names
-    return parse_names
-
-
-def _add_flag(group, field, kind):
-    """Turn one field into one flag. Fields typed `X | None` accept X; None stands for 'decided by the preset or run'."""
-    kind = _bare(kind)
-    flag, meta = "--" + field.name.replace("_", "-"), field.metadata
-    default = "" if field.default is None or field.default == "" else f" [{_show(field.default, kind)}]"
-    words = {"help": (meta["help"] + default).replace("%", "%%"), "default": argparse.SUPPRESS, "dest": field.name}
-    if kind is bool:
-        group.add_argument(flag, action=argparse.BooleanOptionalAction, **words)
-    elif kind is Size:
-        group.add_argument(flag, type=_size, metavar="HxW", **words)
-    elif typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis:
-        items = _ids(meta["within"]) if typing.get_args(kind)[0] is int else _names(meta["choices"])
-        group.add_argument(flag, type=items, metavar="A,B,..", **words)
-    elif typing.get_origin(kind) is tuple:
-        numbers = typing.get_args(kind)
-        group.add_argument(flag, type=_number(numbers[0], meta["within"]), nargs=len(numbers),
-                           metavar=numbers[0].__name__.upper(), **words)
-    else:
-        metavar = None if meta["choices"] else {int: "N", float: "X", str: "TEXT"}[kind]
-        group.add_argument(flag, type=kind if kind is str else _number(kind, meta["within"]), choices=meta["choices"],
-                           metavar=metavar, **words)
+    @property
+    def scoring_size(self):
+        """Size at which images are scored; None: each at its own"""
+        return self.size if self.eval_size == "train" else None
 
 
-def _bare(kind):
-    """`X | None` -> X"""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return next(k for k in typing.get_args(kind) if k is not type(None))
-    return kind
+def kinds_of(config_class):
+    """{field: its type}, of `X | None` the X"""
+    kinds = typing.get_type_hints(config_class)
+    for name, kind in kinds.items():
+        if typing.get_origin(kind) in (types.UnionType, typing.Union):
+            kinds[name] = next(k for k in typing.get_args(kind) if k is not type(None))
+    return kinds
 
 
-def _show(value, kind):
+def is_list(kind):
+    return typing.get_origin(kind) is tuple and typing.get_args(kind)[-1] is Ellipsis
+
+
+def flag(name):
+    """backbone_lr_mult -> --backbone-lr-mult"""
+    return "--" + name.replace("_", "-")
+
+
+def show(value, kind):
     """A value as its flag takes it."""
     if isinstance(value, bool):
         return "on" if value else "off"
     if not isinstance(value, (tuple, list)):
         return str(value)
-    sign = "x" if _bare(kind) is Size else "," if typing.get_args(_bare(kind))[-1] is Ellipsis else " "
-    return sign.join(map(str, value)) or "none"
+    separator = " "
+    if kind is Size:
+        separator = "x"
+    elif is_list(kind):
+        separator = ","
+    return separator.join(map(str, value)) or "none"
 
 
-def parse(config_class, presets, argv=None, description=""):
-    """Read the command line. -> (config, given): the dataclass filled in, and the fields that were given as flags."""
-    parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, usage="%(prog)s [--flag value ..]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=120),
-        epilog="Values not given come from the preset of --data, then from the defaults in [brackets].")
-    kinds, group = typing.get_type_hints(config_class), parser
+ACTS = ("download", "evaluate", "predict", "images", "format", "out")  # to do, never stored
+
+
+def to_save(config):
+    """The settings as config.json and checkpoints hold them."""
+    settings = dataclasses.asdict(config)
+    return {name: value for name, value in settings.items() if name not in ACTS}
+
+
+def from_saved(config_class, saved, given=()):
+    """A config from what `to_save` gave, perhaps by way of JSON, with the flags `given` on top."""
+    values = {}
     for field in dataclasses.fields(config_class):
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
-        _add_flag(group, field, kinds[field.name])
-    given = {name: tuple(value) if isinstance(value, list) else value
-             for name, value in vars(parser.parse_args(argv)).items()}
-    for name, value in given.items():
-        items = typing.get_args(_bare(kinds[name]))
-        if len(items) == 2 and Ellipsis not in items and value[0] > value[1]:  # two numbers are a range
-            parser.error(f"argument --{name.replace('_', '-')}: expected the smaller number first, not {value[0]} {value[1]}")
-    data = given.get("data", config_class().data)
-    return config_class(**{**presets.get(data, {}), **given}), given
-
-
-def exclusive(config, given, *names):
-    """Of these fields one may be given as a flag; it takes the place of the others that a preset has set.
-
-    Raises UserError when several are given.
-    """
-    chosen = [name for name in names if name in given]
-    if len(chosen) > 1:
-        flags = " and ".join("--" + name.replace("_", "-") for name in chosen)
-        raise UserError(f"{flags} exclude each other: give one of them")
-    for name in names if chosen else ():
-        if name not in chosen:
-            setattr(config, name, None)
-
-
-def from_dict(config_class, saved, given=()):
-    """Rebuild a config from a checkpoint's or config.json's dictionary, with the flags `given` on top."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items() if name in names}
+        if field.name in saved:
+            value = saved[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
     return config_class(**{**values, **dict(given)})
 
 
-def keep_config(folder, config, free):
-    """Write `config.json`, or, when the folder has one already, refuse a run that contradicts it.
-
-    free: names of the fields that may change between a run and its resumption (they do not alter its result).
-    A folder without a checkpoint holds no run yet. Raises UserError naming every difference.
-    """
-    path, now = Path(folder) / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists() and next(Path(folder).rglob("*.pt"), None):
-        before = json.loads(path.read_text())
-        changed = [name for name in now if name not in free and before.get(name) != now[name]]
-        if changed:
-            kinds = typing.get_type_hints(type(config))
-            differences = "; ".join(f"--{name.replace('_', '-')} was {_show(before.get(name), kinds[name])}, "
-                                    f"now {_show(now[name], kinds[name])}" for name in changed)
-            raise UserError(f"{folder} holds a run with other settings ({differences}): "
-                            f"repeat its command to resume it, or choose another folder with --out")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(now, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def run(main):
-    """Call a script's main; a user's mistake becomes one sentence and exit status 2, Ctrl-C a hint and status 130."""
+def say(text):
+    """Print a line for the user."""
     try:
-        return main()
-    except UserError as error:  # from a worker process the message comes wrapped in that process's traceback
-        print(f"{Path(sys.argv[0]).name}: error: {str(error).rsplit('UserError: ', 1)[-1].strip()}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
-        return 130
+        print(text, flush=True)
+    except BrokenPipeError:  # as after `| head`: the run goes on, and its files have it all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

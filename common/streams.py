@@ -1,44 +1,59 @@
-"""Endless streams of training samples whose order and augmentation are pure functions of (seed, stream, position).
+"""Endless streams of training samples: order and augmentation are pure functions of (seed, stream,
+position).
 
-So a run does not depend on the number of workers or processes, resumes exactly at any step, and two streams never
-draw the same random numbers by accident.
+So a run does not depend on the number of workers or processes, resumes exactly at any step, and two
+streams never draw the same random numbers by accident.
 """
+import atexit
+import multiprocessing.util  # whose own end of the workers comes after the one below
+import signal
+
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from common.runtime import mix
+from common.random import mix
 
 
 class Stream(Dataset):
-    """Position p of the stream is image `order(epoch)[p mod n]` of the epoch p // n, in a fresh order every epoch."""
+    """Position p is image `order(epoch)[p mod n]` of epoch p // n; each epoch has a fresh order."""
 
     def __init__(self, split, indices, transform, seed, name, labelled):
-        """split: a datasets.Split; transform: (image, mask or None, rng) -> (tensor, tensor or None)"""
-        self.split, self.indices, self.transform = split, np.asarray(indices), transform
-        self.seed, self.name, self.labelled = seed, name, labelled
-        self._epoch, self._order = None, None
+        """split: of a dataset; transform: (image, mask or None, rng) -> (tensor, tensor or None)"""
+        self.split = split
+        self.indices = np.asarray(indices)
+        self.transform = transform
+        self.seed = seed
+        self.name = name
+        self.labelled = labelled
+        self._epoch = None
+        self._order = None
 
     def index(self, position):
         """Which image of the split stands at this position."""
         epoch, k = divmod(position, len(self.indices))
         if epoch != self._epoch:
+            rng = np.random.default_rng(mix(self.seed, self.name, "order", epoch))
             self._epoch = epoch
-            self._order = np.random.default_rng(mix(self.seed, self.name, "order", epoch)).permutation(self.indices)
+            self._order = rng.permutation(self.indices)
         return int(self._order[k])
 
     def __getitem__(self, position):
-        i, rng = self.index(position), np.random.default_rng(mix(self.seed, self.name, "sample", position))
-        mask = self.split.mask(i) if self.labelled else None  # an unlabelled stream never opens a mask
+        i = self.index(position)
+        rng = np.random.default_rng(mix(self.seed, self.name, "sample", position))
+        mask = self.split.mask(i) if self.labelled else None  # an unlabelled stream opens no mask
         image, mask = self.transform(self.split.image(i), mask, rng)
         return (image, mask.long()) if self.labelled else image
 
 
 class Steps:
-    """Batch sampler: this process's positions of every global batch, from `start` (in steps) on, without end."""
+    """Batch sampler: this process's positions of every global batch, from step `start` on."""
 
     def __init__(self, start, batch, rank, world):
-        self.start, self.batch, self.rank, self.world = start, batch, rank, world
+        self.start = start
+        self.batch = batch
+        self.rank = rank
+        self.world = world
 
     def __iter__(self):
         step = self.start
@@ -49,15 +64,32 @@ class Steps:
 
 
 def endless(stream, batch, start_step, workers, ctx):
-    """Iterator of device batches of the stream, from step `start_step` on. batch: images per process."""
-    loader = DataLoader(stream, batch_sampler=Steps(start_step, batch, ctx.rank, ctx.world), num_workers=workers,
-                        pin_memory=ctx.device.type == "cuda", prefetch_factor=4 if workers else None)
+    """Iterator of device batches of the stream, from step `start_step` on. batch: per process."""
+    steps = Steps(start_step, batch, ctx.rank, ctx.world)
+    loader = DataLoader(stream, batch_sampler=steps, num_workers=workers,
+                        pin_memory=ctx.device.type == "cuda", worker_init_fn=ignore_signals,
+                        prefetch_factor=4 if workers else None)
     for samples in loader:
         yield to_device(samples, ctx.device)
 
 
+def ignore_signals(_):
+    """A signal to all processes is the main one's affair: it stops, and ends its workers."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def kill_workers():
+    """At the end of the process, however it comes: multiprocessing would ask workers with SIGTERM,
+    which they ignore, and wait for them for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call their end an error
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 def to_device(samples, device):
-    """Images go to the device in channels_last order, masks as they are; copies from pinned memory do not block."""
+    """Images go to the device in channels_last order, masks as they are."""
     if isinstance(samples, (list, tuple)):
         return [to_device(part, device) for part in samples]
     if samples.dim() == 4:
@@ -66,10 +98,11 @@ def to_device(samples, device):
 
 
 class Scored(Dataset):
-    """A validation split: (image tensor, mask) of this process's share of its images, each image exactly once."""
+    """This process's share of a split: (image tensor, mask), each image exactly once."""
 
     def __init__(self, split, transform, ctx):
-        self.split, self.transform = split, transform
+        self.split = split
+        self.transform = transform
         self.mine = range(ctx.rank, len(split), ctx.world)
 
     def __len__(self):
@@ -81,9 +114,10 @@ class Scored(Dataset):
         return image, mask.long()
 
 
-def once(scored, batch, workers, ctx):
-    """Iterator of device batches over a validation split; batch 1 unless all its images have one size."""
+def once(split, transform, batch, workers, ctx):
+    """Iterator of device batches over a split; batch 1 unless all its images have one size."""
+    scored = Scored(split, transform, ctx)
     loader = DataLoader(scored, batch_size=batch, num_workers=min(workers, len(scored)),
-                        pin_memory=ctx.device.type == "cuda")
+                        pin_memory=ctx.device.type == "cuda", worker_init_fn=ignore_signals)
     for samples in loader:
         yield to_device(samples, ctx.device)

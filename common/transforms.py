@@ -1,21 +1,26 @@
-"""Joint operations on an image and its mask. Image: tensor [3, H, W], uint8 until `normalise`; mask: uint8 [H, W] or
-None for an unlabelled image. `rng` is a numpy Generator that belongs to this one sample (see streams.py)."""
+"""Joint operations on an image and its mask. Image: tensor [3, H, W], uint8 until `normalise`;
+mask: uint8 [H, W] or None for an unlabelled image. `rng` is a numpy Generator that belongs to this
+one sample (see streams.py)."""
+import math
+
 import numpy as np
 import torch
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IGNORE = 255
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+IGNORE = 255  # the label of pixels that do not count
 
 
 def to_tensors(image, mask=None):
-    """numpy uint8 [H, W, 3] and [H, W] -> tensors [3, H, W] and [H, W] (without copying the mask's values anywhere)"""
-    return torch.from_numpy(image).permute(2, 0, 1), None if mask is None else torch.from_numpy(mask)
+    """numpy uint8 [H, W, 3] and [H, W] -> tensors [3, H, W] and [H, W]"""
+    mask = None if mask is None else torch.from_numpy(mask)
+    return torch.from_numpy(image).permute(2, 0, 1), mask
 
 
 def resize(image, mask, size, interpolation=InterpolationMode.BILINEAR):
-    """To `size` = (H, W): image interpolated (antialiased), mask by the nearest pixel centre, as Pillow does it."""
+    """To `size` = (H, W): image interpolated (antialiased), mask by the nearest pixel centre."""
     if tuple(image.shape[1:]) == tuple(size):
         return image, mask
     image = tvf.resize(image, list(size), interpolation, antialias=True)
@@ -28,7 +33,8 @@ def resize_long_side(image, mask, length, interpolation=InterpolationMode.BICUBI
     """Longer side to `length`, aspect ratio kept."""
     height, width = image.shape[1:]
     scale = length / max(height, width)
-    return resize(image, mask, (max(1, round(height * scale)), max(1, round(width * scale))), interpolation)
+    size = [max(1, round(side * scale)) for side in (height, width)]
+    return resize(image, mask, size, interpolation)
 
 
 def normalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
@@ -38,16 +44,24 @@ def normalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 def denormalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """The inverse, for pictures: float [3, H, W] -> numpy uint8 [H, W, 3]."""
-    mean, std = torch.tensor(mean)[:, None, None], torch.tensor(std)[:, None, None]
-    return ((image.cpu().float() * std + mean) * 255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    image = (image.cpu().float() * std + mean) * 255
+    return image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
 def pad_to(image, mask, size):
-    """Pad bottom and right up to `size`: a normalised image with 0 (the mean colour), its mask with 255 (ignore)."""
-    bottom, right = max(0, size[0] - image.shape[1]), max(0, size[1] - image.shape[2])
-    if bottom or right:
-        image = tvf.pad(image, [0, 0, right, bottom], fill=0)
-        mask = mask if mask is None else tvf.pad(mask[None], [0, 0, right, bottom], fill=IGNORE)[0]
+    """Pad bottom and right up to `size`: a normalised image with 0 (the mean colour), its mask with
+    255 (ignore)."""
+    bottom = max(0, size[0] - image.shape[1])
+    right = max(0, size[1] - image.shape[2])
+    return pad(image, mask, [0, 0, right, bottom])
+
+
+def pad(image, mask, edges):
+    """edges: left, top, right, bottom"""
+    if any(edges):
+        image = tvf.pad(image, edges, fill=0)
+        mask = mask if mask is None else tvf.pad(mask[None], edges, fill=IGNORE)[0]
     return image, mask
 
 
@@ -62,7 +76,8 @@ def random_crop(image, mask, size, rng):
 def random_flip(image, mask, rng):
     """Mirror left-right with probability 1/2."""
     if rng.random() < 0.5:
-        image, mask = tvf.horizontal_flip(image), mask if mask is None else tvf.horizontal_flip(mask)
+        image = tvf.horizontal_flip(image)
+        mask = mask if mask is None else tvf.horizontal_flip(mask)
     return image, mask
 
 
@@ -70,14 +85,32 @@ def random_shift(image, mask, pixels, rng):
     """Translate a normalised image by up to `pixels` each way; what enters is 0 / ignore."""
     dy, dx = (int(v) for v in rng.integers(-pixels, pixels + 1, 2))
     height, width = image.shape[1:]
-    edges = [max(dx, 0), max(dy, 0), max(-dx, 0), max(-dy, 0)]  # left, top, right, bottom
-    window = np.s_[..., max(-dy, 0):max(-dy, 0) + height, max(-dx, 0):max(-dx, 0) + width]
-    image = tvf.pad(image, edges, fill=0)[window]
-    return image, mask if mask is None else tvf.pad(mask[None], edges, fill=IGNORE)[0][window]
+    top, left = max(-dy, 0), max(-dx, 0)
+    image, mask = pad(image, mask, [max(dx, 0), max(dy, 0), max(-dx, 0), max(-dy, 0)])
+    window = np.s_[..., top:top + height, left:left + width]
+    return image[window], mask if mask is None else mask[window]
+
+
+def colour_jitter(image, rng):
+    """Brightness, contrast, saturation by U(.6, 1.4) and hue by U(-.1, .1), in random order.
+    Image: uint8."""
+    changes = ((tvf.adjust_brightness, 0.6, 1.4), (tvf.adjust_contrast, 0.6, 1.4),
+               (tvf.adjust_saturation, 0.6, 1.4), (tvf.adjust_hue, -0.1, 0.1))
+    for k in rng.permutation(len(changes)):
+        change, low, high = changes[k]
+        image = change(image, float(rng.uniform(low, high)))
+    return image
+
+
+def blur(image, sigmas, rng):
+    """Gaussian blur of a standard deviation drawn from the range, in pixels."""
+    sigma = max(float(rng.uniform(*sigmas)), 0.01)
+    side = 2 * math.ceil(3 * sigma) + 1
+    return tvf.gaussian_blur(image, [side, side], [sigma, sigma])
 
 
 class ForScoring:
-    """Evaluation transform: normalised, at the original size, or with `size` resized to it (mask: nearest pixel)."""
+    """Evaluation transform: normalised, at the original size, or with `size` resized to it."""
 
     def __init__(self, size=None):
         self.size = size
@@ -87,3 +120,17 @@ class ForScoring:
         if self.size:
             image, mask = resize(image, mask, self.size)
         return normalise(image), mask
+
+
+class CentreSquare:
+    """Evaluation transform: shorter side resized to `side`, then the central square."""
+
+    def __init__(self, side):
+        self.side = side
+
+    def __call__(self, image, mask, rng=None):
+        scale = self.side / min(mask.shape)
+        size = [round(length * scale) for length in mask.shape]
+        image, mask = resize(*to_tensors(image, mask), size)
+        square = [self.side, self.side]
+        return normalise(tvf.center_crop(image, square)), tvf.center_crop(mask[None], square)[0]

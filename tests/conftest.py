@@ -1,4 +1,6 @@
-"""Helpers that run a script as its users do: as a process, in a folder of its own."""
+"""Helpers that run a script as its users do: here, or as a process in a folder of its own."""
+import csv
+import importlib
 import os
 import signal
 import subprocess
@@ -14,9 +16,20 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 torch.set_num_threads(1)
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
-TINY = ["--data", "folder", "--labeled", "5", "--batch", "2", "--k", "1", "--backbone", "resnet18", "--backbone-layers", "2",
-        "--weights", "none", "--device", "cpu", "--long-side", "48", "--crop", "32", "--lr", "0.01", "--workers", "0",
-        "--eval-every", "100", "--save-every", "1", "--log-every", "1"]
+SCRIPTS = ("cct", "three_stage", "c3_semiseg", "s4gan_mlmt")
+TINY = {  # flags of a run of seconds on a folder dataset, and those that --supervised refuses
+    "cct": ("--steps 6 --batch 2 --long-side 48 --crop 32 --lr 0.01", "--k 1"),
+    "three_stage": ("--steps 2 --batch 4 --aspp-rates 1,2 --crop 32 --scale 0.5 0.7 --lr 0.01",
+                    "--batch-l 2 --cutout 8 --ema 0.99"),
+    "c3_semiseg": ("--steps 6 --batch 2 --groups 1 --long-side 48 --crop 32 --lr 0.01 --aspp-rates 1,2",
+                   "--burn-in 0.5 --views 2 --consist-ramp 0 --contrast-ramp 0"),
+    "s4gan_mlmt": ("",
+                   "--steps 3 --batch 2 --aspp-rates 1,2 --crop 32 --scale 0.5 0.7 --lr 0.01 --d-width 4 --gamma 0.5 --lr-d 0.003 "
+                   "--mlmt-size 32 --mlmt-batch 2 --mlmt-batch-u 2 --mlmt-epochs 2"),
+}
+SMALL = ("--data folder --labeled 5 --backbone resnet18 --backbone-layers 2 --weights none --device cpu "
+         "--workers 0 --eval-every 100 --save-every 1 --log-every 1")
+STEPS = {"cct": 6, "three_stage": 5, "c3_semiseg": 6, "s4gan_mlmt": 9}  # of these runs, in all
 
 
 def pytest_addoption(parser):
@@ -33,13 +46,43 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
-def run_script(*arguments, script="cct.py", processes=1, check=0, timeout=120):
-    """Run a script to its end. -> its output (stdout and stderr); fails unless the exit status is `check`."""
+@pytest.fixture(scope="session")
+def folder_data(tmp_path_factory):
+    """The root of a folder dataset of a dozen images"""
+    import fixtures
+    return fixtures.make_folder(tmp_path_factory.mktemp("data") / "folder")
+
+
+@pytest.fixture(scope="session")
+def bare(folder_data):
+    """Flags of a run of seconds, by script, that fit --supervised too; --out is the test's"""
+    return {script: [*SMALL.split(), *TINY[script][0].split(), "--root", str(folder_data)] for script in SCRIPTS}
+
+
+@pytest.fixture(scope="session")
+def tiny(bare):
+    """Flags of a run of seconds with the method itself, by script"""
+    return {script: [*bare[script], *TINY[script][1].split()] for script in SCRIPTS}
+
+
+def run_here(script, *arguments):
+    """Run a script's main in this process: faster than run_script by the start of Python."""
+    importlib.import_module(script).main([*map(str, arguments)])
+
+
+def start_script(script, *arguments, processes=1):
+    """Start a script and return its process, which leads a process group with its workers in it."""
     launch = [sys.executable]
     if processes > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    process = subprocess.Popen([*launch, str(ROOT / script), *map(str, arguments)], env=ENV, cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen([*launch, str(ROOT / f"{script}.py"), *map(str, arguments)], env=ENV, cwd=ROOT,
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            start_new_session=True)
+
+
+def run_script(script, *arguments, processes=1, check=0, timeout=120):
+    """Run a script to its end. -> its output; fails unless the exit status is `check`."""
+    process = start_script(script, *arguments, processes=processes)
     try:
         output, _ = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -47,12 +90,6 @@ def run_script(*arguments, script="cct.py", processes=1, check=0, timeout=120):
         raise
     assert process.returncode == check, output
     return output
-
-
-def start_script(*arguments, script="cct.py"):
-    """Start a script and return its process (in a process group of its own, so that its workers die with it)."""
-    return subprocess.Popen([sys.executable, str(ROOT / script), *map(str, arguments)], env=ENV, cwd=ROOT, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def kill(process):
@@ -72,6 +109,26 @@ def wait_for(condition, timeout=60):
         time.sleep(0.005)
 
 
+def steps_done(folder):
+    """Number of training steps that the logs of a run know of"""
+    return sum(len(column(log.parent, "lr")) for log in folder.rglob("log.csv"))
+
+
+def column(folder, name):
+    """{step: value} of a column of a run's log"""
+    with open(Path(folder) / "log.csv") as file:
+        return {int(row["step"]): float(row[name]) for row in csv.DictReader(file) if row.get(name)}
+
+
+def last(folder):
+    """last.pt, less the settings that may differ between a run and its resumption"""
+    from common import checkpoint
+    state = checkpoint.load(Path(folder) / "last.pt")
+    for name in ("workers", "save_every", "stages", "root"):
+        state["config"].pop(name, None)
+    return state
+
+
 def same_state(a, b):
     """Are two nested checkpoints equal to the bit?"""
     if isinstance(a, torch.Tensor):
@@ -83,14 +140,16 @@ def same_state(a, b):
     return a == b
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """Flags of a run of seconds, on a folder dataset of a dozen images; --out and --steps are the test's."""
-    import fixtures
-    return [*TINY, "--root", str(fixtures.make_folder(tmp_path_factory.mktemp("data") / "folder"))]
-
-
-def run_here(*arguments):
-    """Run cct.py's main in this process: faster than run_script by the start of Python."""
-    import cct
-    cct.main([*map(str, arguments)])
+def same_run(a, b):
+    """Do two run folders hold the same checkpoints, pseudo-masks and losses, to the bit?"""
+    def files(folder, pattern):
+        return sorted(path.relative_to(folder) for path in Path(folder).rglob(pattern))
+    assert files(a, "last.pt") == files(b, "last.pt") and files(a, "pseudo/*.png") == files(b, "pseudo/*.png")
+    for name in files(a, "last.pt"):
+        assert same_state(last(Path(a, name).parent), last(Path(b, name).parent)), name
+    for name in files(a, "pseudo/**/*.png"):
+        assert Path(a, name).read_bytes() == Path(b, name).read_bytes(), name
+    for name in files(a, "log.csv"):
+        for loss in ("loss_s", "loss_u", "loss_sup", "loss_consist", "loss_seg", "loss_con", "loss_pl", "loss_ce",
+                     "loss_fm", "loss_d", "loss_cce"):
+            assert column(Path(a, name).parent, loss) == column(Path(b, name).parent, loss), (name, loss)

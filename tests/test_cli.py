@@ -2,54 +2,64 @@
 import ast
 import dataclasses
 import importlib
+import inspect
 import re
+import typing
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, run_script
 
 import cct
+from common.command_line import check_needs, parse, run, run_name
 from common import checkpoint
-from common.settings import Size, UserError, exclusive, from_dict, keep_config, option, parse, run
+from common.datasets import DATASETS
+from common.run_folder import keep_config
+from common.settings import ANY, BaseConfig, Size, UserError, from_saved, kinds_of, option, to_save
 
 SCRIPTS = {path.stem: importlib.import_module(path.stem) for path in sorted(ROOT.glob("*.py"))}
+each_script = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 
 
 @dataclasses.dataclass
 class Toy:
     data: str = option("a", "dataset", ("a", "b"), group="run")
     size: Size | None = option(None, "size 50%")
-    scale: tuple[float, float] = option((0.5, 2.0), "range")
+    scale: tuple[float, float] = option((0.5, 2.0), "range", within=(0, 9))
     kinds: tuple[str, ...] = option(("x",), "kinds", ("x", "y"))
-    ids: tuple[int, ...] = option((0,), "ids")
+    ids: tuple[int, ...] = option((0,), "ids", within=(0, 254))
     flip: bool = option(False, "mirror", group="images")
-    steps: int = option(5, "steps")
-    lr: float | None = option(None, "rate", within=(0, 1))
-    rates: tuple[int, ...] = option((6, 12), "rates", within=(1, None))
+    steps: int | None = option(5, "steps", within=(0, 99), replaces="lr")
+    lr: float | None = option(None, "rate", within=(0, 1), replaces="steps", free=True)
+    rates: tuple[int, ...] = option((6, 12), "rates", within=(1, 99))
+    eval_size: str = option("full", "as in BaseConfig")
 
 
 def test_precedence_of_default_preset_and_flag():
-    presets = {"b": dict(steps=7, lr=0.1)}
+    presets = {"b": dict(steps=7)}
     assert parse(Toy, presets, [])[0] == Toy()
-    assert parse(Toy, presets, ["--data", "b"])[0] == Toy(data="b", steps=7, lr=0.1)
+    assert parse(Toy, presets, ["--data", "b"])[0] == Toy(data="b", steps=7)
     config, given = parse(Toy, presets, ["--data", "b", "--steps", "9"])
-    assert config.steps == 9 and config.lr == 0.1 and given == dict(data="b", steps=9)
+    assert config.steps == 9 and given == dict(data="b", steps=9)
 
 
 def test_every_kind_of_value():
-    config, _ = parse(Toy, {}, "--size 36x48 --scale 1 1.5 --kinds y,x --ids 0,3 --flip --lr 1e-3".split())
-    assert config == Toy(size=(36, 48), scale=(1.0, 1.5), kinds=("y", "x"), ids=(0, 3), flip=True, lr=1e-3)
+    config, _ = parse(Toy, {}, "--size 36x48 --scale 1 1.5 --kinds y,x --ids 0,3 --flip --steps 3".split())
+    assert config == Toy(size=(36, 48), scale=(1.0, 1.5), kinds=("y", "x"), ids=(0, 3), flip=True, steps=3)
     assert parse(Toy, {}, ["--size", "40", "--no-flip"])[0].size == (40, 40)
-    assert parse(Toy, {}, ["--ids", "none"])[0].ids == () and from_dict(Toy, dict(ids=[])).ids == ()
+    assert parse(Toy, {}, ["--ids", "none"])[0].ids == () and from_saved(Toy, dict(ids=[])).ids == ()
 
 
 @pytest.mark.parametrize("flags, said", [
     ("--unknown 1", "unrecognized arguments: --unknown"), ("--step 3", "unrecognized arguments: --step"),
-    ("--steps many", "invalid int value: 'many'"), ("--data c", "invalid choice: 'c'"),
-    ("--size 36by48", "HEIGHTxWIDTH"), ("--size 0", "HEIGHTxWIDTH"), ("--kinds z", "list of x, y"), ("--ids a", "list of numbers"),
-    ("--scale 1", "expected 2 arguments"), ("--scale 2 1", "--scale: expected the smaller number first, not 2.0 1.0"),
-    ("--lr -1", "-1: expected at least 0 and at most 1"), ("--lr nan", "at least 0"), ("--lr 2", "at most 1"),
-    ("--rates 0,6", "0: expected at least 1"), ("--rates none", "list of numbers, such as 1,2")])
+    ("--steps many", "'many': expected a whole number"), ("--data c", "invalid choice: 'c'"),
+    ("--size 36by48", "HEIGHTxWIDTH"), ("--size 0", "HEIGHTxWIDTH"), ("--size 1x2x3", "HEIGHTxWIDTH"),
+    ("--kinds z", "some of x, y"), ("--kinds x,x", "some of x, y"), ("--ids a", "expected a whole number"),
+    ("--scale 1", "expected 2 arguments"), ("--scale 2 1", "expected the smaller number first, not 2.0 1.0"),
+    ("--scale nan nan", "expected a finite number"), ("--lr inf", "expected a finite number"),
+    ("--lr -1", "-1: expected at least 0"), ("--lr 2", "2: expected at most 1"),
+    ("--rates 0,6", "0: expected at least 1"), ("--rates none", "expected a whole number"), ("--steps 1.5", "expected a whole number")])
 def test_wrong_flags_exit_2_with_a_sentence(capsys, flags, said):
     with pytest.raises(SystemExit) as stop:
         parse(Toy, {}, flags.split())
@@ -57,16 +67,22 @@ def test_wrong_flags_exit_2_with_a_sentence(capsys, flags, said):
 
 
 def test_config_survives_json_and_checkpoint(tmp_path):
-    config = Toy(size=(3, 4), lr=0.5)
-    keep_config(tmp_path, config, free=())
-    keep_config(tmp_path, Toy(size=(5, 6), lr=0.1), free=())  # without a checkpoint there is no run to contradict
-    keep_config(tmp_path, config, free=())
+    config = Toy(size=(3, 4), steps=7)
+    keep_config(tmp_path, config)
+    keep_config(tmp_path, Toy(size=(5, 6)))  # without a checkpoint there is no run to contradict
+    keep_config(tmp_path, config)
     (tmp_path / "last.pt").touch()
-    keep_config(tmp_path, config, free=())  # the same again is fine
-    assert from_dict(Toy, dataclasses.asdict(config), dict(steps=1)) == dataclasses.replace(config, steps=1)
+    keep_config(tmp_path, config)  # the same again is fine
+    assert from_saved(Toy, to_save(config), dict(steps=1)) == dataclasses.replace(config, steps=1)
     with pytest.raises(UserError, match=r"--size was 3x4, now 3x5; --ids was 0, now none"):
-        keep_config(tmp_path, Toy(size=(3, 5), ids=(), lr=0.5), free=("lr",))
-    keep_config(tmp_path, Toy(size=(3, 4), lr=0.7), free=("lr",))
+        keep_config(tmp_path, Toy(size=(3, 5), ids=(), steps=7))
+    keep_config(tmp_path, dataclasses.replace(config, lr=0.7))  # declared free
+    keep_config(tmp_path, dataclasses.replace(config, ids=()), free=("ids",))
+
+
+def test_acts_are_not_remembered():
+    saved = to_save(BaseConfig(download=True, evaluate="a.pt", predict="b.pt", images="c", out="d", seed=3))
+    assert from_saved(BaseConfig, saved) == BaseConfig(seed=3)
 
 
 def test_defaults_are_shown_as_they_are_written(capsys):
@@ -76,61 +92,109 @@ def test_defaults_are_shown_as_they_are_written(capsys):
     assert all(words in text for words in ("rates [6,12]", "ids [0]", "range [0.5 2.0]", "mirror [off]"))
 
 
-def test_exclusive_flags():
+def test_a_flag_takes_the_place_of_another():
     presets = {"a": dict(steps=7)}
-    config, given = parse(Toy, presets, ["--lr", "0.5"])
-    exclusive(config, given, "steps", "lr")
+    assert parse(Toy, presets, [])[0].steps == 7
+    config, _ = parse(Toy, presets, ["--lr", "0.5"])
     assert (config.steps, config.lr) == (None, 0.5)
-    config, given = parse(Toy, presets, [])
-    exclusive(config, given, "steps", "lr")
-    assert config.steps == 7
-    with pytest.raises(UserError, match="--steps and --lr exclude each other"):
-        exclusive(config, dict(steps=1, lr=1), "steps", "lr")
+    with pytest.raises(UserError, match="--(steps|lr) and --(steps|lr) exclude each other"):
+        parse(Toy, presets, ["--lr", "0.5", "--steps", "3"])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+def test_default_run_folder_is_named_by_every_given_setting_that_matters():
+    def name(flags):
+        return run_name("cct", *parse(cct.Config, cct.PRESETS, flags.split()))
+    assert name("") == "runs/cct-shapes-40-seed0"
+    assert name("--data voc --labeled 1/8 --seed 2 --workers 3") == "runs/cct-voc-1_8-seed2"
+    assert name("--split lists/1000_train.txt --data voc --distance kl") == "runs/cct-voc-1000_train-seed0-distance=kl"
+    assert name("--supervised --crop 64 --no-flip") == "runs/cct-shapes-40-seed0-supervised-crop=64x64-flip=off"
+    assert name("--perturbations f_drop,i_vat --weights a/b.pth").endswith("-weights=a_b.pth-perturbations=f_drop,i_vat")
+
+
+@each_script
+def test_every_number_has_limits(script):
+    kinds = kinds_of(script.Config)
+    for field in dataclasses.fields(script.Config):
+        kind = typing.get_args(kinds[field.name])[:1] or (kinds[field.name],)
+        if kind[0] in (int, float) and not field.metadata["choices"]:
+            assert field.metadata["within"], field.name
+
+
+@each_script
+def test_a_flag_without_effect_is_refused(script):
+    """Whatever a field declares to need: a config that lacks it refuses the flag, and names both."""
+    kinds, names = kinds_of(script.Config), {field.name for field in dataclasses.fields(script.Config)}
+    declared = 0
+    for field in dataclasses.fields(script.Config):
+        for name, wanted in field.metadata["needs"].items():
+            assert name in names, name
+            others = {bool: (True, False), str: ("", "nothing")}.get(kinds[name], (None, 0, (8, 8)))
+            fitting = wanted if isinstance(wanted, tuple) else (wanted,)
+            value = next(v for v in others if (not v if wanted is ANY else v not in fitting))
+            config = dataclasses.replace(script.Config(), **{name: value})
+            for other, needed in field.metadata["needs"].items():
+                if other != name and needed is not ANY:
+                    setattr(config, other, needed[0] if isinstance(needed, tuple) else needed)
+            flags = [text.replace("_", "-") for text in (field.name, name)]
+            with pytest.raises(UserError, match=f"--{flags[0]} has no effect with(out)? --{flags[1]}"):
+                check_needs(config, {field.name: 1})
+            declared += 1
+    assert declared > 5
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--scale 0.5 2 --size 64", "--scale has no effect without --long-side"),
+    ("--method mean_teacher --distance js", "--distance has no effect with --method mean_teacher"),
+    ("--supervised --k 3", "--k has no effect with --supervised"),
+    ("--images photos", "--images has no effect without --predict"),
+    ("--download", "--download has no effect with --data shapes")])
+def test_flags_of_cct_without_effect(flags, said):
+    with pytest.raises(UserError, match=said):
+        cct.main(flags.split())
+
+
+@each_script
 def test_numbers_out_of_range_are_refused(capsys, script):
-    module = SCRIPTS[script]
-    for flags in ("--eval-every 0", "--save-every 0", "--log-every 0", "--batch 0", "--seed -1", "--workers -1", "--lr -1",
-                  "--steps 0"):
+    for flags in ("--eval-every 0", "--save-every 0", "--log-every 0", "--batch 0", "--seed -1", "--workers -1",
+                  "--lr -1", "--steps 0", "--lr nan"):
         with pytest.raises(SystemExit) as stop:
-            module.main(flags.split())
-        assert stop.value.code == 2 and "expected at least" in capsys.readouterr().err, flags
+            script.main(flags.split())
+        assert stop.value.code == 2 and "expected a" in capsys.readouterr().err, flags
     with pytest.raises(UserError, match="--eval-size train scores at --size"):
-        module.main("--data voc --eval-size train".split())
+        script.main("--data voc --eval-size train".split())
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@each_script
 def test_a_checkpoint_of_another_script_is_refused(tmp_path, script):
-    checkpoint.save(tmp_path / "other.pt", dict(script="another", branch="s4gan", net={}, config={}, classes=[], palette=[]))
+    checkpoint.save(tmp_path / "other.pt", dict(script="another", net={}, config={}, classes=[], palette=[]))
     checkpoint.save(tmp_path / "list.pt", [1, 2])
     for name in ("other.pt", "list.pt"):
-        with pytest.raises(UserError, match=f"{name} is not a checkpoint of this script"):
-            SCRIPTS[script].main(["--evaluate", str(tmp_path / name)])
+        with pytest.raises(UserError, match=f"{name} is not a checkpoint of {script.__name__}.py"):
+            script.main(["--evaluate", str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@each_script
 def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as stop:
-        SCRIPTS[script].main(["--help"])
+        script.main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     for group in ("run:", "images:", "network:", "optimisation:", "machine:"):
         assert f"\n{group}\n" in text
-    for field in dataclasses.fields(SCRIPTS[script].Config):
+    for field in dataclasses.fields(script.Config):
         assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 110
 
 
 @pytest.mark.parametrize("flags, said", [
     ("--lamda-u 3", "unrecognized arguments: --lamda-u"), ("--perturbations f_drop,vat", "i_vat, dropout"),
-    ("--steps 3 --epochs 2", "--steps and --epochs"), ("--supervised --method vat", "--supervised uses no unlabelled"),
-    ("--data voc --root /nowhere", "/nowhere"), ("--evaluate nothing.pt", "no checkpoint at nothing.pt"),
-    ("--evaluate README.md", "not a checkpoint"), ("--device cuda", "no CUDA device"), ("--precision fp16", "needs a CUDA"),
-    ("--weights nowhere.pth --steps 1 ", "no such file"), ("--data voc --size 64 --long-side 80", "exclude each other"),
-    ("--weights README.md --steps 1", "README.md is not a checkpoint"), ("--background 99", "--background 99"),
-    ("--labeled 100000", "100000"), ("--batch 1", "at least 2 images"), ("--dropout 1", "below 1")])
+    ("--steps 3 --epochs 2", "exclude each other"), ("--data voc --root /nowhere", "/nowhere"),
+    ("--evaluate nothing.pt", "no checkpoint at nothing.pt"), ("--evaluate README.md", "not a checkpoint"),
+    ("--device cuda", "no CUDA device"), ("--precision fp16", "needs a CUDA"),
+    ("--weights nowhere.pth --steps 1 ", "no such file"), ("--weights README.md --steps 1", "README.md is not"),
+    ("--data voc --size 64 --long-side 80", "exclude each other"), ("--background 99", "--background 99"),
+    ("--labeled 100000", "100000"), ("--batch 1", "expected at least 2"), ("--dropout 1", "at most 0.999")])
 def test_a_users_mistake_is_one_sentence(tmp_path, capsys, flags, said):
     if said in ("no CUDA device", "needs a CUDA") and cct.torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -144,15 +208,15 @@ def test_a_users_mistake_is_one_sentence(tmp_path, capsys, flags, said):
 
 
 def test_exit_status_reaches_the_shell():
-    assert "error: no checkpoint at nothing.pt" in run_script("--evaluate", "nothing.pt", check=2)
+    assert "error: no checkpoint at nothing.pt" in run_script("cct", "--evaluate", "nothing.pt", check=2)
 
 
-@pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
+@each_script
 def test_presets_name_real_fields(script):
     names = {field.name for field in dataclasses.fields(script.Config)}
-    assert set(script.FREE) <= names and set(script.PRESETS) == set(script.DATASETS)
+    assert set(script.PRESETS) == set(DATASETS)
     for data, preset in script.PRESETS.items():
-        assert set(preset) <= names and data in script.DATASETS
+        assert set(preset) <= names
         parse(script.Config, script.PRESETS, ["--data", data])
 
 
@@ -161,34 +225,83 @@ def test_presets_of_cct_are_the_papers():
         config, _ = parse(cct.Config, cct.PRESETS, ["--data", data])
         assert config.steps or config.epochs
     voc, camvid = (parse(cct.Config, cct.PRESETS, ["--data", d])[0] for d in ("voc", "camvid"))
-    assert (voc.batch, voc.crop, voc.epochs, voc.lr, voc.lambda_u, voc.ramp_length) == (10, (320, 320), 50, 0.01, 30, 0.1)
+    assert (voc.batch, voc.crop, voc.epochs, voc.lr, voc.lambda_u) == (10, (320, 320), 50, 0.01, 30)
     assert (camvid.size, camvid.flip, camvid.scale) == ((360, 480), False, (1.0, 1.0))
 
 
-SYMBOLS = {"w_u", "lambda_u"}  # with an underscore, but no names of functions
+SYMBOLS = {"w_u", "lambda_u", "lambda_con"}  # with an underscore, but no names of functions
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_documentation_names_what_exists(script):
-    """Every name in the docstring's Map is in the script; every command in its docstring and the README parses."""
-    module = SCRIPTS[script]
-    table = module.__doc__.partition("Map (")[2].partition("Deviations")[0]
+@each_script
+def test_the_map_names_what_exists(script):
+    table = script.__doc__.partition("Map (")[2].partition("Deviations")[0]
     for name in set(re.findall(r"\b[a-z]+(?:_[a-z]+)+\b", table)) - SYMBOLS:
-        assert hasattr(module, name), name
-    commands = 0
-    for line in (module.__doc__ + (ROOT / "README.md").read_text()).replace("\\\n", " ").splitlines():
+        assert hasattr(script, name), name
+
+
+def commands(text, script):
+    """The command lines of a script in a text, as lists of words"""
+    for line in text.replace("\\\n", " ").splitlines():
         if line.strip().startswith(("python ", "torchrun ")):
-            command = re.search(rf"\b{script}\.py((?: [^#`|&]+)?)", re.split(r"\s{2,}", line.strip())[0])
-            if command:
-                parse(module.Config, module.PRESETS, command[1].split())
-                commands += 1
-    assert commands > 5
+            line = re.split(r"\s{2,}", line.strip())[0]
+            if found := re.search(rf"\b{script.__name__}\.py((?: [^#`|&]+)?)", line):
+                yield found[1].split()
+
+
+@each_script
+def test_every_command_of_the_documentation_is_accepted(script):
+    text = script.__doc__ + (ROOT / "README.md").read_text()
+    lines = list(commands(text, script))
+    assert len(lines) > 9
+    for words in lines:
+        check_needs(*parse(script.Config, script.PRESETS, words))
+
+
+@each_script
+def test_the_commands_of_the_papers_tables_run_one_after_the_other(script):
+    """No two that differ share a run folder, and what one of them reads another one writes."""
+    _, _, details = (ROOT / "README.md").read_text().partition(f"<summary>{script.__name__}.py</summary>")
+    folders = {}
+    for words in commands(details.partition("</details>")[0], script):
+        cfg, given = parse(script.Config, script.PRESETS, words)
+        for path in re.findall(r"runs/[^/ ]+", " ".join(words)):
+            assert path in folders, words
+        if not cfg.evaluate:
+            script.settle(cfg, given)
+            settings = {name: value for name, value in dataclasses.asdict(cfg).items()
+                        if not script.Config.__dataclass_fields__[name].metadata["free"]}
+            assert folders.setdefault(cfg.out, settings) == settings, cfg.out
+    assert len(folders) > 8
+
+
+LOGITS = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+P, Y, KEEP = LOGITS.flip(1).softmax(1), LOGITS[:, 0].long().clamp(0, 4), LOGITS[:, 1] > 0
+COPIED = [
+    ("cct", "cross_entropy", (LOGITS, Y)), ("cct", "without_easy_pixels", (LOGITS, Y, 0.3)),
+    ("cct", "distance", ("js", P, LOGITS)), ("cct", "pairwise", (LOGITS, P)),
+    ("three_stage", "cross_entropy", (LOGITS, Y)),
+    ("c3_semiseg", "cross_entropy", (LOGITS, Y, 2)), ("c3_semiseg", "consistency", (LOGITS, P, KEEP)),
+    ("c3_semiseg", "contrastive", (LOGITS[0, 0], LOGITS[1, 0], Y[0, :, 0], KEEP[0, :, 0])),
+    ("s4gan_mlmt", "cross_entropy", (LOGITS, Y)), ("s4gan_mlmt", "feature_matching", (P[0], P[1])),
+    ("s4gan_mlmt", "self_training", (LOGITS, KEEP[:, 0, 0])), ("s4gan_mlmt", "adversarial", (LOGITS[0, 0, 0],)),
+    ("s4gan_mlmt", "discriminator_loss", (LOGITS[0, 0, 0], LOGITS[1, 0, 0])),
+    ("s4gan_mlmt", "multi_label", (LOGITS[:, :, 0, 0], KEEP[:, :1, 0].expand(2, 5))),
+    ("s4gan_mlmt", "consistency", ("mse", LOGITS[:, :, 0, 0], LOGITS[:, :, 1, 1])),
+    ("s4gan_mlmt", "fuse", (P, KEEP[:, :1, 0].expand(2, 5)))]
+
+
+@pytest.mark.parametrize("script, name, arguments", COPIED, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_loss_runs_when_it_is_copied_alone(script, name, arguments):
+    function = getattr(SCRIPTS[script], name)
+    empty_file = dict(torch=torch, F=torch.nn.functional)
+    exec(inspect.getsource(function), empty_file)
+    assert torch.equal(empty_file[name](*arguments), function(*arguments))
 
 
 def test_scripts_stay_apart():
     """No script imports another, common/ imports no script, and nothing runs at import."""
     scripts = {path.stem for path in ROOT.glob("*.py")}
-    for path in [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "common").rglob("*.py")]:
         tree = ast.parse(path.read_text())
         imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}

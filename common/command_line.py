@@ -1,0 +1,184 @@
+"""The command line: `parse` reads the flags that the fields of a script's Config describe.
+
+Order of precedence: the dataclass's defaults < the preset of `--data` < the flags given. An unknown
+flag, a value of the wrong type, a number out of its limits or a flag that has no effect beside the
+others ends with exit status 2 and one sentence.
+"""
+import argparse
+import dataclasses
+import math
+import re
+import sys
+import typing
+from pathlib import Path
+
+from common.settings import ANY, Size, UserError, flag, is_list, kinds_of, show
+
+
+def _size(text):
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdigit() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size; write HEIGHTxWIDTH (360x480) or one number (320)")
+    return int(sides[0]), int(sides[-1])
+
+
+def _number(kind, within):
+    low, high = within or (None, None)
+
+    def parse_number(text):
+        try:
+            number = kind(text)
+        except ValueError:
+            number = math.nan
+        if not math.isfinite(number):
+            expected = "a whole number" if kind is int else "a finite number"
+            raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
+        if low is not None and number < low:
+            raise argparse.ArgumentTypeError(f"{text}: expected at least {low}")
+        if high is not None and number > high:
+            raise argparse.ArgumentTypeError(f"{text}: expected at most {high}")
+        return number
+    return parse_number
+
+
+def _list(kind, within, choices):
+    """Parser of a comma-separated list. Of classes, counted from 0, there may be none."""
+    def parse_list(text):
+        if choices is None and text == "none" and within[0] == 0:
+            return ()
+        parts = [part.strip() for part in text.split(",")]
+        if choices is None:
+            return tuple(_number(kind, within)(part) for part in parts)
+        if not set(parts) <= set(choices) or len(set(parts)) < len(parts):
+            raise argparse.ArgumentTypeError(f"{text!r}: expected some of {', '.join(choices)}")
+        return tuple(parts)
+    return parse_list
+
+
+def _add_flag(group, field, kind, value):
+    """Turn one field into one flag. value: what it is without the flag; None and "" are not shown,
+    since a flag cannot say them."""
+    meta = field.metadata
+    text = meta["help"]
+    if value not in (None, ""):
+        text += f" [{show(value, kind)}]"
+    words = dict(help=text.replace("%", "%%"), default=argparse.SUPPRESS, dest=field.name)
+    if kind is bool:
+        words |= dict(action=argparse.BooleanOptionalAction)
+    elif kind is Size:
+        words |= dict(type=_size, metavar="HxW")
+    elif is_list(kind):
+        item = _list(typing.get_args(kind)[0], meta["within"], meta["choices"])
+        words |= dict(type=item, metavar="A,B,..")
+    elif typing.get_origin(kind) is tuple:
+        number, *others = typing.get_args(kind)
+        words |= dict(type=_number(number, meta["within"]), nargs=1 + len(others))
+        words |= dict(metavar=number.__name__.upper())
+    elif kind is str and len(meta["choices"] or ()) > 6:  # too many to stand beside the flag
+        words["help"] += ": " + ", ".join(meta["choices"])
+        words |= dict(choices=meta["choices"], metavar="NAME")
+    elif kind is str:
+        words |= dict(choices=meta["choices"], metavar=None if meta["choices"] else "TEXT")
+    else:
+        words |= dict(type=_number(kind, meta["within"]), choices=meta["choices"])
+        words |= dict(metavar=None if meta["choices"] else {int: "N", float: "X"}[kind])
+    group.add_argument(flag(field.name), **words)
+
+
+def parse(config_class, presets, argv=None, description=""):
+    """Read the command line. -> (config, given): the dataclass filled in, and the fields that were
+    given as flags with their values. Raises UserError for flags that exclude each other."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    data = fields["data"].default
+    if "--data" in argv[:-1]:
+        data = argv[argv.index("--data") + 1]
+    preset = config_class(**presets.get(data, {}))
+    parser = argparse.ArgumentParser(
+        description=description.partition("\n\n")[0], allow_abbrev=False,
+        usage="%(prog)s [--flag value ..]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+            prog, max_help_position=34, width=110),
+        epilog=f"[Values] are those of --data {data}. Eq., Sec., Table: of the paper; D1, D2, ..:\n"
+               f"deviations from it, at the top of the script, where the commands stand, too.")
+    kinds = kinds_of(config_class)
+    groups, title = {}, ""
+    for field in fields.values():
+        title = field.metadata["group"] or title  # of the field before
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        _add_flag(groups[title], field, kinds[field.name], getattr(preset, field.name))
+    given = vars(parser.parse_args(argv))
+    for name, value in given.items():
+        if isinstance(value, list):  # of two numbers, a range; or of three
+            given[name] = tuple(value)
+            if len(value) == 2 and value[0] > value[1]:
+                parser.error(f"argument {flag(name)}: expected the smaller number first, not "
+                             f"{value[0]} {value[1]}")
+    config = config_class(**{**presets.get(given.get("data", data), {}), **given})
+    for name in given:
+        other = fields[name].metadata["replaces"]
+        if other in given:
+            raise UserError(f"{flag(name)} and {flag(other)} exclude each other: give one of them")
+        if other in fields:
+            setattr(config, other, None)
+    return config, given
+
+
+def check_needs(config, given):
+    """Refuse, with a UserError, a flag that was given and has no effect beside the others."""
+    kinds = kinds_of(type(config))
+    for field in dataclasses.fields(config):
+        needs = field.metadata["needs"] if field.name in given else {}
+        for name, wanted in needs.items():
+            value = getattr(config, name)
+            if wanted is ANY:
+                fits = bool(value)
+            elif isinstance(wanted, str) and isinstance(value, tuple):  # one of a list of names
+                fits = wanted in value
+            else:
+                fits = value in (wanted if isinstance(wanted, tuple) else (wanted,))
+            if not fits:
+                state = f"with {flag(name)} {show(value, kinds[name])}"
+                if value is None or value == "" or isinstance(value, bool):
+                    state = f"{'with' if value is True else 'without'} {flag(name)}"
+                raise UserError(f"{flag(field.name)} has no effect {state}")
+    if config.eval_size == "train" and not config.size:
+        raise UserError("--eval-size train scores at --size, which is not set here: give --size, "
+                        "or --eval-size full")
+
+
+def run_name(script, config, given):
+    """Default run folder. Every given setting that matters is in its name, so that no two commands
+    collide: runs/cct-voc-1464-seed0-distance=kl"""
+    kinds = kinds_of(type(config))
+    words = [script, config.data, config.labeled, f"seed{config.seed}"]
+    if config.split and "labeled" in given:
+        words.insert(2, Path(config.split).stem)
+    elif config.split:
+        words[2] = Path(config.split).stem
+    for field in dataclasses.fields(config):
+        said = field.name in ("data", "labeled", "split", "seed")
+        if field.name in given and not field.metadata["free"] and not said:
+            value = getattr(config, field.name)
+            text = show(value, kinds[field.name])
+            words.append(field.name if value is True else f"{field.name}={text}")
+    return "runs/" + re.sub(r"[^\w.=,+-]", "_", "-".join(words))[:200]
+
+
+def run(main):
+    """Call a script's main; a user's mistake becomes one sentence and exit status 2, Ctrl-C a hint
+    and status 130."""
+    try:
+        return main()
+    except OSError as error:  # a disk that is full, a folder that is gone or read-only
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        return 2
+    except UserError as error:  # from a worker process it comes wrapped in that process's traceback
+        sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
+        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        return 130

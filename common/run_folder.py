@@ -1,0 +1,237 @@
+"""The books of one run: its settings, checkpoints, log and pictures, in one folder. Called by the
+training loop, it calls nothing back."""
+import copy
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import torch
+
+from common import checkpoint
+from common.log import Log
+from common.pictures import prediction_panel, save_picture
+from common.settings import UserError, flag, kinds_of, show, to_save
+
+
+class RunFolder:
+    """One training's place on the disk. Every process calls every method; only one writes.
+
+    path: holds config.json, log.csv, last.pt, best.pt, curves.png, predictions.png.
+    SIGTERM and SIGHUP are caught from here on, for `stop_if_asked`.
+    """
+
+    def __init__(self, script, cfg, data, ctx, free=()):
+        """Make cfg.out, or reopen it. free: more settings that may differ when a run is resumed.
+
+        Raises UserError if the folder holds a run with other settings, or one that is going on.
+        """
+        self.path = self.log_path = Path(cfg.out)
+        self.cfg = cfg
+        self.data = data
+        self.ctx = ctx
+        self.about = dict(script=script, config=to_save(cfg), classes=list(data.classes),
+                          palette=torch.from_numpy(data.palette))
+        self.stop = []  # signals that came in; a list, so that the parts of a run share it
+        if ctx.main:
+            make_folder(self.path)
+            self.lock = lock(self.path)
+            keep_config(self.path, cfg, free)
+        ctx.barrier()
+        self.catch_signals()
+
+    def part(self, name, own_log=True):
+        """The books of one of several trainings of this run, in a folder inside its own."""
+        part = copy.copy(self)
+        part.about = self.about | dict(part=name)
+        part.path = self.path / name
+        if own_log:
+            part.log_path = part.path
+        if self.ctx.main:
+            make_folder(part.path)
+        self.ctx.barrier()
+        return part
+
+    def introduce(self, labelled, unlabelled, step, text=""):
+        """Say what is about to be trained on: machine, images, steps; the dataset's notes."""
+        data = self.data
+        resumed = f", resumed at {step}" if step else ""
+        self.ctx.say(f"{self.ctx}; {data.name}: {len(labelled)} labelled and {len(unlabelled)} "
+                     f"unlabelled images, {len(data.val)} to score ({data.scored_on}); "
+                     f"{text or f'{self.cfg.steps} steps'}{resumed}")
+        for note in data.notes:
+            self.ctx.say(note)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    def is_new(self):
+        """Is there no checkpoint yet, so that pretrained weights have to be loaded?"""
+        return not (self.path / "last.pt").exists()
+
+    def resume(self, images_per_step, steps, first_step=0, **parts):
+        """Fill `parts` from last.pt, if there is one, and open the log. -> the step to go on from
+
+        parts: all that has state, with state_dict and load_state_dict, or tensors; None: absent.
+        `net` is the network of --evaluate. first_step: steps of the log before this training's.
+        """
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        self.first_step = first_step
+        self.best, self.best_step, step = 0.0, 0, first_step
+        if not self.is_new:
+            state = checkpoint.load(self.path / "last.pt", self.ctx.device)
+            try:
+                checkpoint.same_classes(self.data, state, self.path / "last.pt")
+                step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
+                for name, part in self.parts.items():
+                    if isinstance(part, torch.Tensor):
+                        part.copy_(state[name])
+                    else:
+                        part.load_state_dict(state[name])
+            except (KeyError, TypeError, ValueError, RuntimeError) as error:
+                raise UserError(f"{self.path / 'last.pt'} does not fit this run ({error}): choose "
+                                f"another folder with --out, or move this one away") from error
+        self.log = Log(self.log_path, steps, self.cfg.log_every, step, images_per_step,
+                       self.ctx.device, self.ctx.main, self.ctx.mean)
+        return step - first_step
+
+    def save(self, step):
+        """Write last.pt, from which a run goes on as if nothing had happened."""
+        states = {name: part if isinstance(part, torch.Tensor) else part.state_dict()
+                  for name, part in self.parts.items()}
+        self.write("last.pt", step, best=self.best, best_step=self.best_step, **states)
+
+    def write(self, name, step, **state):
+        """Write a checkpoint, unless a loss is not finite, or a weight, which a loss tells one step
+        later only: that ends the run with a UserError."""
+        self.log.flush()
+        weights = self.parts["net"].state_dict().values()
+        if not torch.stack([weight.isfinite().all() for weight in weights]).all():
+            raise UserError(f"training diverged before step {step}: weights are not finite; the "
+                            f"last checkpoint is from before: try a smaller --lr or --precision fp32")
+        if self.ctx.main:
+            state = self.about | dict(step=step + self.first_step) | state
+            checkpoint.save(self.path / name, state)
+
+    # ------------------------------------------------------------------ results
+
+    def scored(self, step, score, examples=(), name="miou", **columns):
+        """Note an evaluation: a row of log.csv, best.pt, the panel predictions.png, curves.png.
+
+        score: 0..1, the larger the better; name: its column; columns: further ones.
+        examples: rows of the panel, as inference.Examples keeps them.
+        """
+        if score > self.best:
+            self.best, self.best_step = score, step + self.first_step
+            self.write("best.pt", step, net=self.parts["net"].state_dict(), **{name: score})
+        self.log.evaluated(step + self.first_step, **{name: score}, **columns, best=self.best)
+        self.show(examples)
+        self.log.curves()
+
+    def show(self, examples):
+        """Write predictions.png, unless there are no examples."""
+        if self.ctx.main and examples:
+            panel = prediction_panel(examples, self.data.palette, self.data.classes)
+            save_picture(panel, self.path / "predictions.png")
+
+    def finish(self, confusion=None, result=""):
+        """End a run with its last lines: the table, if there is one, and `final: mIoU .. <folder>`,
+        or another result"""
+        self.log.close()
+        if confusion:
+            self.ctx.say(confusion.table(self.data.classes))
+            result = result or f"mIoU {100 * confusion.miou():.1f} ({self.best_score})"
+        self.ctx.say(f"final: {result} {self.cfg.out}")
+        self.ctx.close()
+
+    def take_over(self, part):
+        """Make the networks of a part, without the state of its training, the run's own result."""
+        for name in ("last.pt", "best.pt"):
+            if self.ctx.main and (part.path / name).exists():
+                state = checkpoint.load(part.path / name)
+                kept = {key: state[key] for key in (*self.about, "step", "net")}
+                checkpoint.save(self.path / name, kept)
+        if self.ctx.main:
+            shutil.copy(part.path / "predictions.png", self.path)
+
+    @property
+    def best_score(self):
+        """The best evaluation in words, for the last line"""
+        return f"best {100 * self.best:.1f} at step {self.best_step}"
+
+    # ------------------------------------------------------------------ signals
+
+    def catch_signals(self, catch=True):
+        """From now on SIGTERM and SIGHUP only make a note of themselves; without `catch` they end
+        the process at once, and so does one that was noted before."""
+        if self.stop and not catch:
+            self.ctx.say("stopped by a signal; the same command resumes")
+            raise SystemExit(143)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, (lambda n, _: self.stop.append(n)) if catch else signal.SIG_DFL)
+
+    def stop_if_asked(self, step):
+        """Save and end the process if one of the processes got a signal. Several processes ask one
+        another every --log-every steps only."""
+        asked = len(self.stop)
+        if self.ctx.world > 1 and step % self.cfg.log_every == 0:
+            asked = self.ctx.sum(torch.tensor(asked, device=self.ctx.device))
+        elif self.ctx.world > 1:
+            asked = 0
+        if asked:
+            self.save(step)
+            self.log.say(f"stopped by a signal: saved at step {step}; the same command resumes")
+            self.log.close()
+            raise SystemExit(143)
+
+
+def make_folder(path):
+    """Raises UserError if the folder cannot be made or written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot make this folder ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"--out {path}: this folder is read-only")
+
+
+def lock(path):
+    """Claim a run folder for this process until it ends. Raises UserError if another one has it."""
+    file = open(path / ".lock", "w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(f"--out {path}: another process is training in this folder: wait for it, "
+                        f"or choose another folder") from error
+    return file  # open as long as the lock is held
+
+
+def keep_config(folder, config, free=()):
+    """Write config.json; if the folder holds a run already, refuse settings that contradict it.
+
+    free: fields that may differ beside those declared so. A folder without a checkpoint holds no
+    run yet. Raises UserError naming every difference.
+    """
+    path = Path(folder) / "config.json"
+    now = json.loads(json.dumps(to_save(config)))
+    if path.exists() and any(Path(folder).rglob("*.pt")):
+        try:
+            before = json.loads(path.read_text())
+            before = {name: before[name] for name in now}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged, or of another version: choose another folder with "
+                            f"--out, or move this one away") from error
+        kinds = kinds_of(type(config))
+        free = {f.name for f in dataclasses.fields(config) if f.metadata["free"]} | set(free)
+        changed = [name for name in now if name not in free and before[name] != now[name]]
+        differences = [f"{flag(name)} was {show(before[name], kinds[name])}, now "
+                       f"{show(now[name], kinds[name])}" for name in changed]
+        if differences:
+            raise UserError(f"{folder} holds a run with other settings ({'; '.join(differences)}): "
+                            f"repeat its command to resume it, or choose another folder with --out")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(now, indent=1) + "\n")
+    os.replace(temporary, path)
