@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
+from common.datasets.masks import Split
 from common.log import Log
 from common.pictures import prediction_panel, save_picture
 from common.settings import UserError, flag, kinds_of, show, to_save
@@ -36,6 +37,8 @@ class RunFolder:
         self.about = dict(script=script, config=to_save(cfg), classes=list(data.classes),
                           palette=torch.from_numpy(data.palette))
         self.stop = []  # signals that came in; a list, so that the parts of a run share it
+        if isinstance(data.val, Split) and ctx.main:
+            data.val.check_sizes()  # told now, not after the first steps
         if ctx.main:
             make_folder(self.path)
             self.lock = lock(self.path)

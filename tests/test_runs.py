@@ -141,6 +141,15 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_stays(tiny, tmp_path, monkey
     assert last(tmp_path)["step"] == 2 and not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_scored_mask_of_another_size_is_told_before_training(tmp_path, tiny):
+    root = fixtures.make_folder(tmp_path / "data")
+    path = next((root / "masks/val").rglob("*.png"))
+    Image.new("L", (6, 5)).save(path)
+    with pytest.raises(UserError, match=f"{path.name}: the mask has .*5, 6.*its image .*one size"):
+        run_here("cct", *tiny["cct"], "--root", root, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_reordered_classes_are_not_resumed(tmp_path, tiny):
     root = fixtures.make_folder(tmp_path / "data")
     arguments = [*tiny["cct"], "--root", root, "--out", tmp_path / "run"]

@@ -72,15 +72,18 @@ class Split:
             raw = read_mat(path, encoding.variable)
         else:
             raw = _read_png(path, encoding.colours)
-        with _opened(self.images[i], "an image") as picture:
-            width, height = picture.size  # of the header: no pixel is decoded
-        if raw.shape != (height, width):
-            raise UserError(f"{path}: the mask has (height, width) {raw.shape}, its image "
-                            f"{self.images[i]} {(height, width)}; they must have one size")
+        _compare_size(path, raw.shape, self.images[i])
         mask = encoding.table()[raw]
         if (mask == INVALID).any():
             raise UserError(_explain_values(path, np.unique(raw), encoding))
         return mask
+
+    def check_sizes(self):
+        """Raises UserError if a mask has not the size of its image. Reads their headers only."""
+        for image, path in zip(self.images, self.masks):
+            if not path.endswith(".mat"):  # whose header does not tell
+                with _opened(path, "a mask") as picture:
+                    _compare_size(path, picture.size[::-1], image)
 
 
 @dataclass
@@ -202,6 +205,14 @@ def _read_png(path, colours):
         raise UserError(f"{path}: a {picture.format} file of mode {picture.mode}, {bits} bits; "
                         f"expected a PNG of class ids, 8-bit gray or with a palette")
     return raw @ np.array([0x10000, 0x100, 1], np.uint32) if colours else raw
+
+
+def _compare_size(path, size, image):
+    with _opened(image, "an image") as picture:
+        width, height = picture.size  # of the header: no pixel is decoded
+    if size != (height, width):
+        raise UserError(f"{path}: the mask has (height, width) {size}, its image {image} "
+                        f"{(height, width)}; they must have one size")
 
 
 def _explain_values(path, values, encoding):
