@@ -133,7 +133,7 @@ class Config(BaseConfig):
                                             within=(0, 100), needs=MT)
     weak: bool = option(False, "use the image-level labels of all other images (Table 7)", needs=B)
     lambda_cons: float = option(1.0, "final weight of L_cons (Eq. 6)", within=(0, 1e6), needs=MT)
-    cons: str = option("mse", "distance in L_cons (D10)", ("mse", "cosine"), needs=MT)
+    cons: str = option("mse", "distance in L_cons, consistency (D10)", ("mse", "cosine"), needs=MT)
     cons_on: str = option("all", "images that L_cons is for (D10)", ("all", "unlabelled"), needs=MT)
     ema: float = option(0.999, "final decay of the teacher (D11)", within=(0, 1), needs=MT)
 
