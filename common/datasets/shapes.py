@@ -35,6 +35,9 @@ class Drawn(Split):
         self.images = np.stack([image for image, _ in pairs])
         self.masks = np.stack([mask for _, mask in pairs])
 
+    def check_sizes(self):
+        """Image and mask are drawn with one size."""
+
     def image(self, i):
         return self.images[i].copy()
 
