@@ -33,13 +33,14 @@ def auc(scores, truth):
     """
     areas = [roc(score, true)[2] for score, true in zip(scores.T, truth.T)]
     fpr, tpr, micro = roc(scores.flatten(), truth.flatten())
-    return torch.tensor(areas).nanmean().item(), micro, (fpr, tpr)
+    return torch.tensor(areas, dtype=torch.float64).nanmean().item(), micro, (fpr, tpr)
 
 
 def in_words(macro, micro):
     """The areas as a line for the user"""
-    if math.isnan(micro):
-        return "AUC not defined, because every class is in all scored images or in none"
+    if math.isnan(macro):
+        return ("AUC macro not defined, because every class is in all scored images or in none; "
+                f"micro {micro:.4f}")
     return f"AUC macro {macro:.4f}, micro {micro:.4f}"
 
 

@@ -233,6 +233,11 @@ def test_auc_leaves_out_classes_without_a_value():
     assert micro == pytest.approx(sum(wins) / 20)
     macro, micro, _ = auc(scores, torch.ones(3, 3))
     assert math.isnan(macro) and "every class is in all" in in_words(macro, micro)
+    one_image = torch.tensor([[1.0, 0.0, 1.0]])  # each class is in all images or in none
+    macro, micro, _ = auc(torch.tensor([[0.9, 0.2, 0.1]]), one_image)
+    assert in_words(macro, micro).endswith("in all scored images or in none; micro 0.5000")
+    thirds = auc(torch.tensor([[0.9], [0.8], [0.7], [0.6]]), torch.tensor([[0], [1], [0], [0]]))
+    assert thirds[0] == pytest.approx(2 / 3, rel=1e-12)  # the mean is not rounded to float32
 
 
 @pytest.mark.parametrize("flags", ["", "--eval-size train --size 40x48", "--eval-size centre",
