@@ -498,7 +498,7 @@ def train(cfg):
     cfg.groups = max(cfg.groups, ctx.world)
     groups = ctx.share(cfg.groups, "--groups")
     burn_in = burn_in_end(cfg)
-    folder = RunFolder("c3_semiseg", cfg, data, ctx)
+    folder = RunFolder("c3_semiseg", cfg, ctx, data)
 
     torch.manual_seed(mix(cfg.seed, "init"))  # the same initial weights on every process
     student = Segmenter(cfg, num_classes)

@@ -7,18 +7,23 @@ decoder g_a^k, whose prediction must match that of g on the clean z. So L_u trai
 auxiliary decoders, never g; L_s trains h and g, never the auxiliary decoders. Only h and g are used
 at inference.
 
+With image-level labels (Sec. 3.3), pseudo-labels of the unlabelled images train the g_a^k, too.
+With several datasets (Sec. 3.4), h is shared, and each has decoders of its own.
+
 Map (paper -> this file)
-  Eq. 1 supervised CE           cross_entropy           Sec. 3.2.3 feature-based  f_noise, f_drop
-  Eq. 2 L_u over K decoders     train                     guided, I-VAT         con_msk, .., i_vat
-  Eq. 3 L = L_s + w_u L_u       train                     random                  dropout
-  Eq. 4 ab-CE                   without_easy_pixels     Sec. 4.1, Table 11        Segmenter, Decoder
-  Eq. 7-9 MSE, KL, JS           distance                Sec. 4.2 mIoU             evaluate
-  Eq. 10 pairwise loss          pairwise                Sec. 4.4.1 K per type     PERTURBATIONS, --k
-  Eq. 13-15 I-VAT               i_vat, adversarial      App. A Mean Teacher, VAT  train, input_vat
-  Eq. 16, Fig. 8 w_u(t)         consistency_weight      App. B.2 masking          --confidence
-  Eq. 17 eta(t)                 eta                     App. F multi-scale        predict
-  App. C Algorithm 1            train                   Table 12                  Config, PRESETS
-  Not here: image-level labels (Eq. 5, 6) and two domains (Sec. 3.4, Eq. 11, 12).
+  Eq. 1 supervised CE        cross_entropy         Sec. 3.2.3 feature-based  f_noise, f_drop
+  Eq. 2 L_u over K decoders  train_auxiliary         guided, I-VAT         con_msk, .., i_vat
+  Eq. 3, 5 L                 train                   random                  dropout
+  Eq. 4 ab-CE                without_easy_pixels   Sec. 3.3, Fig. 9 CAMs     weak_labels
+  Eq. 6 L_w                  train_auxiliary       Sec. 3.4 domains          Domain, train
+  Eq. 7-9 MSE, KL, JS        distance              Sec. 4.1, Table 11        Encoder, Decoder
+  Eq. 10 pairwise loss       pairwise              Sec. 4.2 mIoU             evaluate
+  Eq. 11 L_adv, Table 8      domain_loss           Sec. 4.4.1 K per type     PERTURBATIONS, --k
+  Eq. 12 its gradient        reverse_gradient      App. A Mean Teacher, VAT  train, input_vat
+  Eq. 13-15 I-VAT            i_vat, common/vat.py  App. B.2 masking          --confidence
+  Eq. 16, Fig. 8 w_u(t)      consistency_weight    App. D, Fig. 2, 7         --format smoothness
+  Eq. 17 eta(t)              eta                   App. F multi-scale        predict
+  App. C Algorithm 1         train                 Table 12                  Config, PRESETS
 
 Deviations: what the paper says, what the authors' code does, what is done here and why
   D1  Eq. 7 to 9 sum over the classes. The code takes their mean, for which lambda_u = 30 was
@@ -58,15 +63,28 @@ Deviations: what the paper says, what the authors' code does, what is done here 
       batch.
   D16 Mean Teacher and VAT are not in the code, and the paper gives no constants: the teacher is in
       eval mode and decays by --ema, VAT has I-VAT's constants.
+  D17 Domains: the paper leaves open the batch, the steps and what a step holds. Here each step is
+      one domain's, and an epoch is one of the domain with the most images. The decoders of the
+      others stay as they are: no weight decay, no momentum. BN and the ramps are shared.
+  D18 Eq. 11 prints 1 - log g_d for log(1 - g_d). g_d has two channels in Table 8: cross-entropy,
+      over the labelled and the unlabelled images. g_d descends L_adv itself, h gets -lambda_adv
+      times its gradient, from the first step on; leaky ReLUs have the slope 0.2.
+  D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a network of
+      its own (give its weak/last.pt to --weights to begin with it). Its layer4 is dilated here.
+      The CRF refines the labels of both thresholds, as in the code; in the paper, those of both.
+      SGD is without momentum, as the code's is by an argument in the wrong place.
 
 Commands
   python cct.py                                               first run: shapes, on a CPU in minutes
   python cct.py --supervised                                  its baseline; again: resumes
   python cct.py --data voc --download --labeled 1464          the paper's Table 1
-  torchrun --nproc_per_node=2 cct.py --data voc               the same on 2 GPUs, 5 + 5 images each
+  python cct.py --data voc --labeled 1464 --weak              with 9k image-level labels
+  python cct.py --data cityscapes+camvid --labeled 50         Table 2: two domains
+  torchrun --nproc_per_node=2 cct.py --data voc               on 2 GPUs, 5 + 5 images each
   python cct.py --evaluate runs/.../last.pt --multi-scale     score a checkpoint
   python cct.py --predict runs/.../last.pt --images photos/   palette PNGs
 """
+import dataclasses
 import math
 import sys
 from dataclasses import dataclass
@@ -80,18 +98,22 @@ from torch import nn
 
 from common import transforms as T
 from common.backbones import PSP, ResNet, load_weights
+from common.cam import weak_labels
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
-from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
+from common.datasets import DATASETS
+from common.domains import (ONE_EACH, Domain, mean_miou, saved_domains, say_tables,
+                            settings_of_domains)
 from common.inference import Examples, predict_folder
 from common.miou import ConfusionMatrix
 from common.random import mix
-from common.regions import find_blobs
+from common.regions import find_blobs, random_rectangles
 from common.run_folder import RunFolder
 from common.runtime import Runtime
 from common.schedules import RAMPS, make_teacher, poly, ramp, set_lr, update_ema
-from common.settings import ANY, BaseConfig, option
+from common.settings import ANY, BaseConfig, UserError, option
 from common.streams import Stream, endless, once
+from common.vat import adversarial
 
 PERTURBATIONS = {  # decoders of each type in "CCT" (Sec. 4.4.1); their hyper-parameters: Table 12
     "i_vat": 2, "dropout": 6, "g_cutout": 6, "con_msk": 2, "obj_msk": 2, "f_drop": 6, "f_noise": 6}
@@ -103,7 +125,12 @@ CCT = SEMI | dict(method="cct")
 
 @dataclass
 class Config(BaseConfig):
-    data: str = option("shapes", "dataset", DATASETS, group="run", scoring=True)
+    data: str = option("shapes", f"dataset, or several, a+b (Sec. 3.4), of {', '.join(DATASETS)}",
+                       group="run", scoring=True)
+    format: str = option("palette", "files of --predict: palette PNGs, what a test server takes, "
+                         "or maps of the distances between neighbours (Fig. 2, 7)",
+                         ("palette", "voc", "cityscapes", "bdd100k", "smoothness"),
+                         needs=dict(predict=ANY), free=True, scoring=True)
     epochs: float | None = option(None, "passes over the unlabelled images, instead of --steps",
                                   within=(0.001, 1e6), replaces="steps", group="run")
     method: str = option("cct", "use of the unlabelled images (Table 4)",
@@ -143,6 +170,24 @@ class Config(BaseConfig):
     ema: float = option(0.999, "Mean Teacher: decay after the ramp-up, 0.99 within it",
                         within=(0, 1), needs=SEMI | dict(method="mean_teacher"))
 
+    adversarial: bool = option(False, "align the domains by a discriminator (App. E)", needs=CCT,
+                               group="domains and image-level tags")
+    lambda_adv: float = option(0.02, "weight of L_adv (Eq. 12)", within=(0, 1e6),
+                               needs=CCT | dict(adversarial=True))
+    weak: bool = option(False, "pseudo-labels of the unlabelled images from image-level tags "
+                               "(Sec. 3.3)", needs=CCT)
+    tags: str = option("", "file of the tags: a line per image, `name, class, class`; without it, "
+                           "they are the classes of the masks", needs=CCT | dict(weak=True))
+    lambda_w: float = option(0.4, "final weight of L_w (Eq. 5)", within=(0, 1e6),
+                             needs=CCT | dict(weak=True))
+    weak_epochs: int = option(5, "epochs of the classifier, all images each, 16 a step",
+                              within=(1, 10**6), needs=CCT | dict(weak=True))
+    weak_lr: float = option(0.1, "its learning rate; ten times that for its last layer",
+                            within=(0, 1000), needs=CCT | dict(weak=True))
+    thresholds: tuple[float, float] = option((0.05, 0.3), "theta_bg and theta_fg", within=(0, 1),
+                                             needs=CCT | dict(weak=True))
+    crf: bool = option(True, "refine the pseudo-labels by a dense CRF", needs=CCT | dict(weak=True))
+
     shift: int = option(0, "random shift of up to this many pixels", within=(0, 10000),
                         group="augmentation")
     long_side: int | None = option(None, "resize the longer side to this, times --scale (App. I)",
@@ -174,7 +219,8 @@ class Config(BaseConfig):
 PRESETS = {
     "shapes": dict(labeled="40", steps=1000, batch=6, flip=True, shift=6, backbone="resnet18",
                    backbone_layers=2, weights="none", optimizer="adam", lr=3e-3, k=1, lambda_u=15.0,
-                   vat_eps=5.0, ema=0.99, workers=0, eval_every=250, save_every=100),
+                   vat_eps=5.0, ema=0.99, weak_epochs=10, workers=0, eval_every=250,
+                   save_every=100),
     "voc": dict(labeled="1464", epochs=50, long_side=400, scale=(0.5, 2.0), crop=(320, 320),
                 flip=True),
     "cityscapes": dict(labeled="100", epochs=50, batch=4, size=(512, 1024), eval_size="train"),
@@ -183,12 +229,18 @@ PRESETS = {
     "sunrgbd": dict(labeled="1500", epochs=100, size=(480, 640), eval_size="train"),
 }
 PRESETS["sunrgbd13"] = PRESETS["sunrgbd"]
+PRESETS["cityscapes+camvid"] = PRESETS["cityscapes"] | dict(labeled="50")  # Table 2
+PRESETS["cityscapes+sunrgbd13"] = PRESETS["cityscapes"] | dict(labeled="1500", epochs=100)
 PRESETS |= dict.fromkeys(("pcontext", "bdd100k"), PRESETS["folder"] | dict(labeled="1/8"))
 PRESETS["pcontext59"] = PRESETS["pcontext"] | dict(background=())  # these are not in the paper
 
 
+OF_DOMAIN = ("size", "long_side", "scale", "crop", "flip", "shift", "eval_size", "background")
+
+
 def settle(cfg, given):
-    """Fill in what one setting decides about others. Raises UserError for contradictions."""
+    """Fill in what one setting decides about others. -> {name: Config} of the domains of --data
+    a+b, whose images are treated as their own preset says, unless flags do. Raises UserError."""
     check_needs(cfg, given)
     scratch = cfg.weights == "none"
     if cfg.decoder_init is None:
@@ -196,6 +248,9 @@ def settle(cfg, given):
     if cfg.backbone_lr_mult is None:
         cfg.backbone_lr_mult = 1.0 if scratch else 0.1
     cfg.out = cfg.out or run_name("cct", cfg, given)
+    if cfg.adversarial and "+" not in cfg.data:
+        raise UserError(f"--adversarial has no effect with --data {cfg.data}, a single domain")
+    return settings_of_domains(cfg, given, PRESETS, OF_DOMAIN)
 
 
 # ---------------------------------------------------------------------- model (Sec. 4.1)
@@ -242,39 +297,49 @@ def init_subpixel_(conv, init):
         conv.bias.zero_()
 
 
-class Segmenter(nn.Module):
-    """f = g o h: dilated ResNet and PSP module (the encoder h), and the main decoder g."""
+class Encoder(nn.Module):
+    """h: dilated ResNet and PSP module"""
 
-    def __init__(self, cfg, num_classes):
+    def __init__(self, cfg):
         super().__init__()
         self.backbone = ResNet(cfg.backbone, cfg.backbone_layers)
         self.psp = PSP(self.backbone.out_channels)
-        self.main = Decoder(self.psp.out_channels, num_classes, cfg.decoder_init, cfg.last_relu)
 
-    def encode(self, x):
-        """h: [B, 3, H, W] -> z >= 0, [B, 512, ceil(H/8), ceil(W/8)]; pads by reflection"""
+    def forward(self, x, x_u=None):
+        """[B, 3, H, W] -> z >= 0, [B, 512, ceil(H/8), ceil(W/8)], padded by reflection; with x_u
+        also its z. Each batch has its own BN statistics."""
         bottom = (8 - x.shape[2] % 8) % 8  # torch.compile cannot do -n % 8
         right = (8 - x.shape[3] % 8) % 8
+        padded = x
         if bottom or right:
             mode = "reflect" if min(x.shape[2:]) > 7 else "replicate"
-            x = F.pad(x, (0, right, 0, bottom), mode=mode)
-        return self.psp(self.backbone(x))
+            padded = F.pad(x, (0, right, 0, bottom), mode=mode)
+        z = self.psp(self.backbone(padded))
+        return z if x_u is None else (z, self(x_u))
 
-    def decode(self, z, size):
-        """g: logits at the image size (H, W), the padding cropped away"""
-        return self.main(z)[..., :size[0], :size[1]]
 
-    def forward(self, x, x_u=None, decode_u=False):
-        """Logits of x; with x_u also its z, or its logits. Each batch has its own BN statistics."""
-        logits = self.decode(self.encode(x), x.shape[2:])
-        if x_u is None:
-            return logits
-        z = self.encode(x_u)
-        return logits, (self.decode(z, x_u.shape[2:]) if decode_u else z)
+class Segmenter(nn.Module):
+    """f = g o h: the encoder h, and a main decoder g for each domain (Sec. 3.4)"""
+
+    def __init__(self, cfg, nums_classes):
+        super().__init__()
+        self.encoder = Encoder(cfg)
+        channels = self.encoder.psp.out_channels
+        self.decoders = nn.ModuleList(Decoder(channels, c, cfg.decoder_init, cfg.last_relu)
+                                      for c in nums_classes)
+
+    def forward(self, x, domain=0):
+        """[B, 3, H, W] -> logits [B, C, H, W] of a domain's classes"""
+        return crop(self.decoders[domain](self.encoder(x)), x)
+
+
+def crop(logits, x):
+    """Logits [B, C, 8h, 8w] at the size of the image x, its padding cropped away"""
+    return logits[..., :x.shape[2], :x.shape[3]]
 
 
 class Auxiliary(nn.Module):
-    """The K auxiliary decoders g_a^k; names[k] is the perturbation that decoder k owns."""
+    """The K auxiliary decoders g_a^k of a domain; names[k]: the perturbation that decoder k owns"""
 
     def __init__(self, cfg, in_channels, num_classes):
         super().__init__()
@@ -284,6 +349,27 @@ class Auxiliary(nn.Module):
             Decoder(in_channels, num_classes, cfg.decoder_init, cfg.last_relu) for _ in self.names)
         is_object = torch.tensor([c not in cfg.background for c in range(num_classes)])
         self.register_buffer("is_object", is_object, persistent=False)
+
+
+class Discriminator(nn.Module):
+    """g_d (Table 8): from which of the domains is a cell of z? [B, 512, h, w] -> [B, 2, h, w]"""
+
+    def __init__(self, in_channels, num_domains):
+        super().__init__()
+        channels = [in_channels, 64, 128, 256, 512]
+        self.convs = nn.ModuleList(nn.Conv2d(channels[k], channels[k + 1], 3, padding=1)
+                                   for k in range(4))
+        self.last = nn.Conv2d(512, num_domains, 1)
+
+    def forward(self, z):
+        for conv in self.convs:
+            z = F.leaky_relu(conv(z), 0.2)
+        return self.last(z)
+
+
+def reverse_gradient(z, weight):
+    """z itself, whose gradient is multiplied by -weight on its way back (App. E)"""
+    return (1 + weight) * z.detach() - weight * z
 
 
 # ---------------------------------------------------------------------- perturbations (Sec. 3.2.3)
@@ -324,33 +410,11 @@ def obj_msk(z, objects):
 
 def g_cutout(z, blobs, rng, share=0.4):
     """G-Cutout: zero a random rectangle in the bounding box of every detected object.
-
-    blobs: from find_blobs on [B, 8h, 8w], with room for one per pixel. share: of each side of the
-    box. All rectangles of the batch are painted at once: with +1 and -1 at their corners,
-    cumulative sums over rows and columns count the rectangles that cover a pixel.
-    """
-    (y0, x0, y1, x1), valid = blobs
+    blobs: from find_blobs on [B, 8h, 8w]. share: of each side of the box."""
     b, _, h, w = z.shape
-    height = 8 * h + 1  # of the difference image
-    width = 8 * w + 1
     u = rng.uniform(b, 2, 64 * h * w).transpose(0, 1).reshape(2, -1)
-    top, bottom = random_interval(y0, y1, share, u[0])
-    left, right = random_interval(x0, x1, share, u[1])
-    sample = torch.arange(b, device=z.device).repeat_interleave(64 * h * w)
-    corners = torch.zeros(b * height * width, dtype=torch.int32, device=z.device)
-    for y, x, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
-        at = (sample * height + y) * width + x
-        corners.index_add_(0, at.clamp(0, len(corners) - 1), sign * valid.int())
-    covers = corners.view(b, height, width).cumsum(1).cumsum(2)
-    return z * (covers[:, None, :-1:8, :-1:8] == 0)
-
-
-def random_interval(start, stop, share, u):
-    """A part of [start, stop] with that share of its length, where u ~ U[0, 1) puts it"""
-    length = ((stop - start) * share).long()
-    room = ((stop - start) * (1 - share)).long() + 1
-    start = start + (u * room).long()
-    return start, start + length
+    covered = random_rectangles(blobs, u, share, (b, 8 * h, 8 * w))
+    return z * ~covered[:, None, ::8, ::8]
 
 
 def i_vat(z, decoder, rng, xi=0.1, eps=2.0, released=False):
@@ -358,44 +422,12 @@ def i_vat(z, decoder, rng, xi=0.1, eps=2.0, released=False):
     return z + adversarial(z, decoder, rng, xi, eps, released)[0]
 
 
-def adversarial(z, logits_of, rng, xi=0.1, eps=2.0, released=False):
-    """Eq. 13-15: the direction of length eps, per sample, in which the prediction changes most.
-
-    logits_of: z -> logits [B, C, H, W]. One power iteration, in float32. -> (r_adv like z, the
-    clean prediction p [B, C, H, W]), both constants. released: the authors' numbers (D6).
-    """
-    clean = z.detach().float()
-    with torch.no_grad():
-        p = logits_of(clean).float().softmax(1)
-    start = rng.normal(*z.shape)
-    if released:
-        start = rng.uniform(*z.shape) - 0.5
-        xi = 1e-6
-    r = unit(start, released).requires_grad_()  # Eq. 13
-    with torch.enable_grad():
-        log_q = logits_of(clean + xi * r).float().log_softmax(1)
-        kl = F.kl_div(log_q, p, reduction="sum") / len(z)
-        # Eq. 14; unlike backward() this leaves the decoder's .grad alone
-        gradient, = torch.autograd.grad(kl, r)
-    return eps * unit(gradient, released), p  # Eq. 15
-
-
-def unit(d, released=False):
-    """Scale every sample to length 1, by its largest entry first: squares of tiny ones underflow.
-    released: as the code, with 1e-8 added to the length"""
-    dims = tuple(range(1, d.dim()))
-    if released:
-        return d / (d.square().sum(dims, keepdim=True).sqrt() + 1e-8)
-    d = d / d.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
-    return d / d.square().sum(dims, keepdim=True).sqrt().clamp(min=1e-12)
-
-
-def main_prediction(net, auxiliary, z, ctx):
+def main_prediction(decoder, auxiliary, z, ctx):
     """What the decoders are compared with and guided by: g on the clean z [B, 512, h, w], a
     constant, because L_u does not train g.
     -> (p [B, C, 8h, 8w], (objects bool [B, 8h, 8w], their blobs))"""
     with torch.no_grad(), ctx.autocast():
-        logits = net.main(z).float()
+        logits = decoder(z).float()
     objects = auxiliary.is_object[logits.argmax(1)]
     blobs = find_blobs(objects) if "g_cutout" in auxiliary.names else None
     return logits.softmax(1), (objects, blobs)
@@ -478,9 +510,20 @@ def pairwise(logits, mean_q):
     return (logits.float().softmax(1) - mean_q).square().sum(1).mean()
 
 
+def domain_loss(logits, domain):
+    """Eq. 11: L_adv of one domain's images, cross-entropy of g_d in every cell (D17) -> scalar
+    logits [B, domains, h, w]; domain: the true one, a number from 0"""
+    return -logits.float().log_softmax(1)[:, domain].mean()
+
+
 def consistency_weight(step, cfg):
     """Eq. 16: w_u(t) = lambda_u times --ramp, which rises over --ramp-length of the steps"""
     return cfg.lambda_u * ramp(cfg.ramp, step, cfg.ramp_length * cfg.steps)
+
+
+def weak_weight(step, cfg):
+    """Eq. 5: w_w(t) = lambda_w times the same ramp (Table 12)"""
+    return cfg.lambda_w * ramp(cfg.ramp, step, cfg.ramp_length * cfg.steps)
 
 
 # ---------------------------------------------------------------------- data (Sec. 4.2, 4.3)
@@ -510,10 +553,23 @@ class Augment:
         return image, mask
 
 
-def streams(data, labelled, unlabelled, step, cfg, ctx):
-    """-> endless iterators, from this step on, of (images [B, 3, H, W], masks) and of images"""
-    stream_l = Stream(data.train, labelled, Augment(cfg), cfg.seed, "labelled", True)
-    stream_u = Stream(data.train, unlabelled, Augment(cfg), cfg.seed, "unlabelled", False)
+def of_classifier(cfg):
+    """Settings of Augment for the classifier of tags (Sec. 3.3): of photographs, as in the code,
+    the longer side is 320 to 640, and crops have 512 pixels."""
+    if not cfg.long_side:
+        return cfg
+    return dataclasses.replace(cfg, long_side=480, scale=(2 / 3, 4 / 3), crop=(512, 512))
+
+
+def streams(domain, step, ctx):
+    """-> endless iterators, from this step of the domain on, of (images [B, 3, H, W], masks) and of
+    images; with --weak, of (images, pseudo-labels)"""
+    cfg = domain.cfg
+    train = domain.data.train
+    number = domain.number or ""
+    stream_l = Stream(train, domain.labelled, Augment(cfg), cfg.seed, f"labelled{number}", True)
+    stream_u = Stream(domain.pseudo or train, domain.unlabelled, Augment(cfg), cfg.seed,
+                      f"unlabelled{number}", cfg.weak)
     share = ctx.share(cfg.batch)
     return [endless(stream, share, step, cfg.workers, ctx) for stream in (stream_l, stream_u)]
 
@@ -521,26 +577,29 @@ def streams(data, labelled, unlabelled, step, cfg, ctx):
 # ---------------------------------------------------------------------- evaluation (App. F, I)
 
 @torch.no_grad()
-def predict(net, x, cfg, ctx):
-    """Logits [B, C, H, W] of x at its own size. --multi-scale: mean over 5 scales, mirrored too"""
+def predict(net, x, domain, cfg, ctx):
+    """Logits [B, C, H, W] of x at its own size, in the classes of a domain, whose number is given.
+    --multi-scale: mean over 5 scales, mirrored too"""
     with ctx.autocast():
         if not cfg.multi_scale:
-            return net(x).float()
+            return net(x, domain).float()
         size = x.shape[2:]
         total = 0
         for scale in (0.5, 0.75, 1, 1.25, 1.5):  # App. F
             scaled = x
             if scale != 1:
                 scaled = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
-            logits = net(scaled).float() + net(scaled.flip(3)).float().flip(3)
+            logits = net(scaled, domain).float() + net(scaled.flip(3), domain).float().flip(3)
             total = total + F.interpolate(logits, size, mode="bilinear", align_corners=True) / 10
         return total
 
 
-def evaluate(net, data, cfg, ctx):
+def evaluate(net, domain, ctx):
     """Protocol: whole images, single scale (or --multi-scale), logits at image size, argmax; one
     confusion matrix over the split; 255 ignored; each image once.
     -> (ConfusionMatrix, rows of the panel)"""
+    cfg = domain.cfg
+    data = domain.data
     was_training = net.training
     net.eval()
     confusion = ConfusionMatrix(len(data.classes), ctx.device)
@@ -548,7 +607,7 @@ def evaluate(net, data, cfg, ctx):
     one_size = cfg.scoring_size or data.one_size  # then images are batched
     transform = T.ForScoring(cfg.scoring_size)
     for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
-        prediction = predict(net, x, cfg, ctx).argmax(1)
+        prediction = predict(net, x, domain.number, cfg, ctx).argmax(1)
         confusion.update(prediction, y)
         examples.add(x, y, prediction)
     confusion.reduce()
@@ -556,91 +615,103 @@ def evaluate(net, data, cfg, ctx):
     return confusion, examples.rows
 
 
+def evaluate_all(net, domains, folder, step, ctx):
+    """Score every domain, and note it. -> {name of a domain: ConfusionMatrix}"""
+    confusions = {}
+    for domain in domains:
+        confusions[domain.name], rows = evaluate(net, domain, ctx)
+        folder.show(rows, domain.data)
+    each = {f"miou_{name}": confusion.miou() for name, confusion in confusions.items()}
+    folder.scored(step, mean_miou(confusions), **(each if len(each) > 1 else {}))
+    return confusions
+
+
 # ---------------------------------------------------------------------- training (Algorithm 1)
 
-def train(cfg):
-    """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU, 0..1"""
+def train(cfg, settings):
+    """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU, 0..1
+    settings: {name: Config} of the domains, which take turns (Sec. 3.4)"""
     ctx = Runtime(cfg.device, cfg.precision)
     cfg.precision = ctx.precision  # what `auto` came to must not change when a run is resumed
-    data = open_dataset(cfg.data, cfg.root, cfg.download)
-    labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
-    unlabelled = unlabelled or labelled  # all are labelled: consistency on all of them
-    cfg.steps = cfg.steps or math.ceil(cfg.epochs * math.ceil(len(unlabelled) / cfg.batch))
-    num_classes = len(data.classes)
-    check_classes("background", cfg.background, data)
-    folder = RunFolder("cct", cfg, data, ctx)
+    domains = [Domain(number, *item) for number, item in enumerate(settings.items())]
+    for domain in domains:
+        domain.choose_labelled()
+    longest = max(math.ceil(len(domain.unlabelled) / cfg.batch) for domain in domains)
+    cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(domains) * longest)
+    folder = RunFolder("cct", cfg, ctx, *(domain.data for domain in domains))
+    for domain, about in zip(domains, folder.about["domains"]):
+        about["own"] = {name: getattr(domain.cfg, name) for name in (*OF_DOMAIN, *ONE_EACH)}
+        if cfg.weak:  # Sec. 3.3
+            part = folder.part(f"weak{domain.number or ''}")
+            domain.pseudo = weak_labels(domain, Augment(of_classifier(domain.cfg)), part, ctx)
 
     torch.manual_seed(mix(cfg.seed, "init"))  # the same initial weights on every process
-    net = Segmenter(cfg, num_classes)
-    auxiliary = Auxiliary(cfg, net.psp.out_channels, num_classes).to(ctx.device)
+    net, auxiliaries, discriminator = make_networks(cfg, domains)
     if folder.is_new:
-        load_weights(net.backbone, cfg.backbone, cfg.weights, ctx.say)
+        load_weights(net.encoder.backbone, cfg.backbone, cfg.weights, ctx.say)
     net = ctx.place(net)
+    heads = nn.ModuleList([net.decoders, auxiliaries, discriminator]).to(ctx.device)
     method = None if cfg.supervised else cfg.method
     teacher = make_teacher(net).eval() if method == "mean_teacher" else None
-    optimizer = make_optimizer(net, auxiliary, cfg)
-    step = folder.resume(cfg.batch * (2 if method else 1), cfg.steps, net=net, auxiliary=auxiliary,
-                         teacher=teacher, optimizer=optimizer, scaler=ctx.scaler)
-    wrapped = ctx.wrap(net, cfg.compile)
-    batches_l, batches_u = streams(data, labelled, unlabelled, step, cfg, ctx)
-    folder.introduce(labelled, unlabelled, step)
+    optimizer = make_optimizer(net, auxiliaries, discriminator, cfg)
+    step = folder.resume(cfg.batch * (2 if method else 1), cfg.steps, net=net,
+                         auxiliaries=auxiliaries, discriminator=discriminator, teacher=teacher,
+                         optimizer=optimizer, scaler=ctx.scaler)
+    encode = ctx.wrap(net.encoder, cfg.compile)
+    for domain in domains:
+        folder.introduce(domain.labelled, domain.unlabelled, step, data=domain.data)
+        done = len(range(domain.number, step, len(domains)))  # steps of this domain
+        domain.batches_l, domain.batches_u = streams(domain, done, ctx)
 
     net.train()
     while step < cfg.steps:
         folder.stop_if_asked(step)
         if step > 0 and step % cfg.eval_every == 0:
-            confusion, examples = evaluate(net, data, cfg, ctx)
-            folder.scored(step, confusion.miou(), examples)
+            evaluate_all(net, domains, folder, step, ctx)
+        domain = domains[step % len(domains)]
+        main = net.decoders[domain.number]
+        auxiliary = auxiliaries[domain.number]
         lr = cfg.lr * poly(step, cfg.steps)
         w_u = consistency_weight(step, cfg)  # Sec. 3.2.2, Eq. 16
         set_lr(optimizer, lr)
         with folder.log.waiting():
-            x_l, y_l = next(batches_l)
-            x_u = next(batches_u) if method else None
-        optimizer.zero_grad()
+            x_l, y_l = next(domain.batches_l)
+            x_u = next(domain.batches_u) if method else None
+        x_u, y_w = x_u if cfg.weak else (x_u, None)
+        optimizer.zero_grad()  # to None: what an idle domain owns does not move, nor decay
         if method == "vat":
-            x_u, p = input_vat(net, x_u, ctx.random(cfg.seed, "vat", step), cfg)
+            x_u, p = input_vat(net, domain.number, x_u, ctx.random(cfg.seed, "vat", step), cfg)
         with ctx.autocast():
-            if x_u is None:
-                logits_l = wrapped(x_l)
-            else:  # u is z (Fig. 3), or logits for the baselines of Table 4
-                logits_l, u = wrapped(x_l, x_u, method != "cct")
+            z_l, z_u = encode(x_l, x_u) if method else (encode(x_l), None)
+            logits_l = crop(main(z_l), x_l)
         if cfg.supervised_loss == "ab_ce":
-            y_l = without_easy_pixels(logits_l, y_l, eta(step, cfg, num_classes))  # Eq. 4
+            y_l = without_easy_pixels(logits_l, y_l, eta(step, cfg, logits_l.shape[1]))  # Eq. 4
         loss_s = cross_entropy(logits_l, y_l, ctx.count(y_l != T.IGNORE))  # Eq. 1
+        loss = loss_s
         terms = dict(loss_s=loss_s)
+        if cfg.adversarial:  # Eq. 11, 12
+            with ctx.autocast():
+                guess = discriminator(reverse_gradient(torch.cat([z_l, z_u]), cfg.lambda_adv))
+            loss_adv = domain_loss(guess, domain.number)
+            loss = loss + loss_adv
+            terms |= dict(loss_adv=loss_adv)
         if method == "cct":
-            z = u.detach().float().requires_grad_()
-            p, guides = main_prediction(net, auxiliary, u, ctx)
-            keep = p.amax(1) > cfg.confidence  # App. B.2
-            kept = ctx.count(keep)
-            paired, mean_q = pairwise_mean(auxiliary, z, guides, step, cfg, ctx)
-            loss_u = loss_pairwise = 0.0
-            for k in range(len(auxiliary.names)):  # one graph at a time, however large K is
-                logits_k = auxiliary_logits(k, auxiliary, z, guides, step, cfg, ctx)
-                loss_k = (distance(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 7-9
-                total_k = w_u * loss_k / len(auxiliary.names)  # Eq. 2
-                if k in paired:
-                    loss_pair_k = pairwise(logits_k, mean_q) / len(paired)  # Eq. 10
-                    total_k = total_k + cfg.pairwise * loss_pair_k
-                    loss_pairwise += loss_pair_k.detach()
-                ctx.scaler.scale(total_k).backward()  # into z.grad and the decoder's
-                loss_u += loss_k.detach() / len(auxiliary.names)
-            ctx.average_grads(auxiliary.parameters())
-            # Eq. 3: L = L_s + w_u L_u; the gradient of the second term enters the encoder at z
-            torch.autograd.backward([ctx.scaler.scale(loss_s), u], [None, z.grad.to(u.dtype)])
-            terms |= dict(loss_u=loss_u, w_u=w_u)
-            if paired:
-                terms |= dict(loss_pairwise=loss_pairwise)
+            # Eq. 3: L = L_s + w_u L_u, Eq. 5: + w_w L_w; the terms' gradient enters at z
+            gradient, losses = train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx)
+            torch.autograd.backward([ctx.scaler.scale(loss), z_u], [None, gradient])
+            terms |= losses
         elif method:
-            if method == "mean_teacher":
-                with torch.no_grad(), ctx.autocast():
-                    p = teacher(x_u).float().softmax(1)
-            loss_u = distance("kl" if method == "vat" else "mse", p, u).mean()  # App. A
-            ctx.scaler.scale(loss_s + w_u * loss_u).backward()
+            with ctx.autocast():
+                logits_u = crop(main(z_u), x_u)
+                if method == "mean_teacher":
+                    with torch.no_grad():
+                        p = teacher(x_u, domain.number).float().softmax(1)
+            loss_u = distance("kl" if method == "vat" else "mse", p, logits_u).mean()  # App. A
+            ctx.scaler.scale(loss + w_u * loss_u).backward()
             terms |= dict(loss_u=loss_u, w_u=w_u)
         else:
-            ctx.scaler.scale(loss_s).backward()
+            ctx.scaler.scale(loss).backward()
+        ctx.average_grads(heads.parameters())
         ctx.scaler.step(optimizer)
         ctx.scaler.update()
         if teacher is not None:
@@ -650,20 +721,67 @@ def train(cfg):
         folder.log.add(step, **terms, lr=lr)
         if step % cfg.save_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
             folder.save(step)
-    confusion, examples = evaluate(net, data, cfg, ctx)
-    folder.scored(step, confusion.miou(), examples)
-    folder.finish(confusion)
-    return confusion.miou()
+    confusions = evaluate_all(net, domains, folder, step, ctx)
+    say_tables(confusions, domains, ctx)
+    folder.finish(result=f"mIoU {100 * mean_miou(confusions):.1f} ({folder.best_score})")
+    return mean_miou(confusions)
 
 
-def make_optimizer(net, auxiliary, cfg):
-    """Two groups that hold every parameter once: the ResNet, PSP and all decoders"""
-    heads = [*net.psp.parameters(), *net.main.parameters(), *auxiliary.parameters()]
-    groups = [dict(params=list(net.backbone.parameters()), lr_mult=cfg.backbone_lr_mult),
-              dict(params=heads, lr_mult=1.0)]
+def make_networks(cfg, domains):
+    """-> (f, [its auxiliary decoders of each domain], discriminator or None)"""
+    counts = [len(domain.data.classes) for domain in domains]
+    net = Segmenter(cfg, counts)
+    channels = net.encoder.psp.out_channels
+    auxiliaries = nn.ModuleList(Auxiliary(domain.cfg, channels, count)
+                                for domain, count in zip(domains, counts))
+    discriminator = Discriminator(channels, len(domains)) if cfg.adversarial else None
+    return net, auxiliaries, discriminator
+
+
+def make_optimizer(net, auxiliaries, discriminator, cfg):
+    """Groups that hold every parameter once: the ResNet; PSP and discriminator; for each domain its
+    decoders, because torch's fused SGD cannot begin with a part of a group."""
+    shared = [*net.encoder.psp.parameters(), *(discriminator or nn.Module()).parameters()]
+    groups = [dict(params=list(net.encoder.backbone.parameters()), lr_mult=cfg.backbone_lr_mult),
+              dict(params=shared, lr_mult=1.0)]
+    for main, auxiliary in zip(net.decoders, auxiliaries):
+        groups.append(dict(params=[*main.parameters(), *auxiliary.parameters()], lr_mult=1.0))
     if cfg.optimizer == "sgd":
         return torch.optim.SGD(groups, cfg.lr, 0.9, weight_decay=cfg.weight_decay, fused=True)
     return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+
+
+def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
+    """The gradients of w_u L_u, w_w L_w and the pairwise loss: into the auxiliary decoders, one at
+    a time, so that memory does not grow with K. -> (that of z_u, the losses)
+
+    main: g. z_u [B, 512, h, w] = h(x_u). y_w: pseudo-labels of x_u, or None."""
+    names = auxiliary.names
+    w_u = consistency_weight(step, cfg)  # Sec. 3.2.2, Eq. 16
+    w_w = weak_weight(step, cfg)
+    z = z_u.detach().float().requires_grad_()
+    p, guides = main_prediction(main, auxiliary, z_u, ctx)
+    keep = p.amax(1) > cfg.confidence  # App. B.2
+    kept = ctx.count(keep)
+    paired, mean_q = pairwise_mean(auxiliary, z, guides, step, cfg, ctx)
+    losses = dict(loss_u=0.0, w_u=w_u)
+    losses |= dict(loss_w=0.0, w_w=w_w) if cfg.weak else {}
+    losses |= dict(loss_pairwise=0.0) if paired else {}
+    for k in range(len(names)):
+        logits_k = auxiliary_logits(k, auxiliary, z, guides, step, cfg, ctx)
+        loss_k = (distance(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 7-9
+        losses["loss_u"] += loss_k.detach() / len(names)
+        total_k = w_u * loss_k / len(names)  # Eq. 2
+        if cfg.weak:
+            loss_w_k = cross_entropy(crop(logits_k, x_u), y_w, ctx.count(y_w != T.IGNORE))
+            losses["loss_w"] += loss_w_k.detach() / len(names)
+            total_k = total_k + w_w * loss_w_k / len(names)  # Eq. 6
+        if k in paired:
+            loss_pair_k = pairwise(logits_k, mean_q) / len(paired)  # Eq. 10
+            losses["loss_pairwise"] += loss_pair_k.detach()
+            total_k = total_k + cfg.pairwise * loss_pair_k
+        ctx.scaler.scale(total_k).backward()  # into z.grad and the decoder's
+    return z.grad.to(z_u.dtype), losses
 
 
 def pairwise_mean(auxiliary, z, guides, step, cfg, ctx):
@@ -678,12 +796,13 @@ def pairwise_mean(auxiliary, z, guides, step, cfg, ctx):
     return chosen, total / len(chosen)
 
 
-def input_vat(net, x, rng, cfg):
+def input_vat(net, domain, x, rng, cfg):
     """VAT (App. A): x + r_adv and the clean prediction p; BN uses the batch, learns nothing"""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False
-    r, p = adversarial(x, net, rng, cfg.vat_xi, cfg.vat_eps)
+    logits_of = partial(net, domain=domain)
+    r, p = adversarial(x, logits_of, rng, cfg.vat_xi, cfg.vat_eps)
     for norm in norms:
         norm.track_running_stats = True
     return x + r, p
@@ -694,25 +813,38 @@ def input_vat(net, x, rng, cfg):
 def main(argv=None):
     cfg, given = parse(Config, PRESETS, argv, __doc__)
     if not cfg.evaluate and not cfg.predict:
-        settle(cfg, given)
-        train(cfg)
+        train(cfg, settle(cfg, given))
         return
     ctx = Runtime(cfg.device, cfg.precision)
     path = cfg.evaluate or cfg.predict
     cfg, state = open_checkpoint("cct", path, Config, given, ctx.device)
-    net = load_network(Segmenter(cfg, len(state["classes"])), state, path, ctx.device)
+    if state.get("part"):
+        raise UserError(f"{path} is a classifier, which segments nothing: expected a file such as "
+                        f"runs/.../last.pt")
+    known = state["domains"]
+    counts = [len(domain["classes"]) for domain in known]
+    net = load_network(Segmenter(cfg, counts), state, path, ctx.device)
+    chosen = saved_domains(state, Config, given, path)
     if cfg.evaluate:
-        data = open_dataset(cfg.data, cfg.root)
-        same_classes(data, state, path)
-        confusion, _ = evaluate(net, data, cfg, ctx)
-        ctx.say(confusion.table(data.classes))
+        domains = [Domain(*domain) for domain in chosen]
+        for domain in domains:
+            same_classes(domain.data, known[domain.number], path)
+        confusions = {domain.name: evaluate(net, domain, ctx)[0] for domain in domains}
+        say_tables(confusions, domains, ctx)
         scales = "5 scales + flips" if cfg.multi_scale else "single scale"
-        ctx.say(f"{path} (step {state['step']}): mIoU {100 * confusion.miou():.1f} on "
-                f"{len(data.val)} {data.scored_on} images, {scales}")
+        scored = " + ".join(f"{len(d.data.val)} {d.data.scored_on}" for d in domains)
+        ctx.say(f"{path} (step {state['step']}): mIoU {100 * mean_miou(confusions):.1f} on "
+                f"{scored} images, {scales}")
+    elif len(chosen) > 1:
+        raise UserError(f"{path} knows the domains {', '.join(name for _, name, _ in chosen)}: "
+                        f"choose the one whose classes to predict with --data")
     else:
+        number, _, cfg = chosen[0]
         out = cfg.out or Path(path).parent / "predictions"
-        network = partial(predict, net.eval(), cfg=cfg, ctx=ctx)
-        predict_folder(network, cfg, out, state["palette"], ctx)
+        network = partial(predict, net.eval(), domain=number, cfg=cfg, ctx=ctx)
+        if cfg.format == "smoothness":  # Fig. 2, 7
+            network = torch.no_grad()(net.encoder.backbone)
+        predict_folder(network, cfg, out, known[number]["palette"], ctx)
     ctx.close()
 
 

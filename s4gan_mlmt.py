@@ -16,7 +16,7 @@ Map (paper -> this file)
   Eq. 6 L_MT             multi_label, consistency Sec. 4.2 mIoU             evaluate
   Eq. 7 fusion           fuse                     Table 5 thresholds        count_heuristics
   Fig. 11 scores of D    log.csv's columns d_*    Table 6 standard GAN      adversarial
-  Fig. 12 ROC            evaluate_classifier      Table 7 image labels      --weak
+  Fig. 12 ROC            evaluate_classifier      Table 7 image labels      --weak, --tags
 
 Deviations: what the paper says, what the authors' code does, what is done here and why
   D1  The code uses two of DeepLabv2's four branches, because it returns inside the loop over them;
@@ -75,12 +75,13 @@ from common.backbones import RESNETS, DeepLabV2, DeepLabV3Plus, load_weights
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
+from common.datasets.tags import Tagged
 from common.inference import Examples, predict_folder
 from common.miou import ConfusionMatrix
 from common.random import mix
 from common.regions import count_pixels
 from common.roc import auc, in_words, roc_picture
-from common.run_folder import RunFolder
+from common.run_folder import RunFolder, make_folder
 from common.runtime import Runtime
 from common.schedules import make_teacher, poly, set_lr, update_ema
 from common.settings import ANY, BaseConfig, Size, UserError, option
@@ -132,6 +133,8 @@ class Config(BaseConfig):
     mlmt_blur: tuple[float, float] = option((0.1, 2.0), "strong view: range of the blur, in pixels",
                                             within=(0, 100), needs=MT)
     weak: bool = option(False, "use the image-level labels of all other images (Table 7)", needs=B)
+    tags: str = option("", "file of these labels, for images without a mask: a line per image, "
+                       "`name, class, class`", needs=B | dict(weak=True))
     lambda_cons: float = option(1.0, "final weight of L_cons (Eq. 6)", within=(0, 1e6), needs=MT)
     cons: str = option("mse", "distance in L_cons, consistency (D10)", ("mse", "cosine"), needs=MT)
     cons_on: str = option("all", "images that L_cons is for (D10)", ("all", "unlabelled"), needs=MT)
@@ -377,20 +380,16 @@ class Augment:
 
 
 class TwoViews:
-    """Training transform of branch B -> ((student's view, teacher's), z: which classes are there)
+    """Training transform of branch B -> ((student's view, teacher's), z [C]: the image's tags)
 
     Weak view: flip. Strong view, the student's of unlabelled images: jitter, flip and blur."""
 
-    def __init__(self, cfg, num_classes, strong):
+    def __init__(self, cfg, strong):
         self.cfg = cfg
-        self.num_classes = num_classes
         self.strong = strong
 
-    def __call__(self, image, mask, rng):
-        image, mask = T.to_tensors(image, mask)
-        z = None
-        if mask is not None:
-            z = count_pixels(mask[None].long(), self.num_classes)[0] > 0
+    def __call__(self, image, tags, rng):
+        image, z = T.to_tensors(image, tags)
         image, _ = T.resize(image, None, self.cfg.mlmt_size)
         student = T.colour_jitter(image, rng) if self.strong else image
         student, _ = T.random_flip(T.normalise(student), None, rng)
@@ -533,8 +532,10 @@ def train(cfg):
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or labelled  # all are labelled: every stream has all of them
     check_classes("background", cfg.background, data)
+    needed = None if cfg.weak else labelled
+    tagged = Tagged(data, labelled, cfg.tags, cfg.background, needed)  # before branch A, not after
     begun = (Path(cfg.out) / "mlmt/last.pt").exists()
-    folder = RunFolder("s4gan_mlmt", cfg, data, ctx, free=() if begun else OF_B)
+    folder = RunFolder("s4gan_mlmt", cfg, ctx, data, free=() if begun else OF_B)
 
     if cfg.branch != "mlmt":
         net, confusion = train_s4gan(data, labelled, unlabelled, folder, cfg, ctx)
@@ -544,7 +545,7 @@ def train(cfg):
     part = folder.part("mlmt")
     kept = [data.classes[c] for c in cfg.background]
     ctx.say(f"classes that the fusion never removes (--background): {', '.join(kept) or 'none'}")
-    classifier, macro, words = train_mlmt(data, labelled, unlabelled, part, cfg, ctx)
+    classifier, macro, words = train_mlmt(data, tagged, labelled, unlabelled, part, cfg, ctx)
     if cfg.branch == "mlmt":
         part.finish(result=words)
         return macro
@@ -655,17 +656,15 @@ def global_mean(features, ctx):
     return local + (ctx.mean(local) - local).detach()
 
 
-def train_mlmt(data, labelled, unlabelled, folder, cfg, ctx):
+def train_mlmt(data, tagged, labelled, unlabelled, folder, cfg, ctx):
     """Branch B. -> (the network used at test time, its macro AUC, a line about it)"""
-    if cfg.weak:  # classes of all images that have a mask, and L_cons on all images (Table 7)
-        unlabelled = list(range(len(data.train)))
-        labelled = [i for i in unlabelled if data.train.has_mask(i)]
+    if cfg.weak:  # the classes of all images, and L_cons on all of them (Table 7)
+        labelled = unlabelled = list(range(len(data.train)))
     semi = not cfg.supervised
     epoch_length = math.ceil(len(labelled) / cfg.mlmt_batch)
     steps = cfg.mlmt_epochs * epoch_length
     torch.manual_seed(mix(cfg.seed, "init", "mlmt"))
-    num_classes = len(data.classes)
-    student = Classifier(cfg, num_classes)
+    student = Classifier(cfg, len(data.classes))
     if folder.is_new:
         load_weights(student.body, cfg.backbone, cfg.weights, ctx.say)
     student = ctx.place(student)
@@ -677,10 +676,8 @@ def train_mlmt(data, labelled, unlabelled, folder, cfg, ctx):
     step = folder.resume(cfg.mlmt_batch + semi * cfg.mlmt_batch_u, steps, net=classifier,
                          student=student, optimizer=optimizer, scaler=ctx.scaler)
     wrapped = ctx.wrap(student, cfg.compile)
-    weak = TwoViews(cfg, num_classes, strong=False)
-    strong = TwoViews(cfg, num_classes, strong=True)
-    stream_l = Stream(data.train, labelled, weak, cfg.seed, "mlmt labelled", True)
-    stream_u = Stream(data.train, unlabelled, strong, cfg.seed, "mlmt unlabelled", False)
+    stream_l = Stream(tagged, labelled, TwoViews(cfg, False), cfg.seed, "mlmt labelled", True)
+    stream_u = Stream(tagged, unlabelled, TwoViews(cfg, True), cfg.seed, "mlmt unlabelled", False)
     share_l = ctx.share(cfg.mlmt_batch, "--mlmt-batch")
     share_u = ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u")
     batches_l = endless(stream_l, share_l, step, cfg.workers, ctx)
@@ -747,9 +744,11 @@ def open_network(path, given, ctx):
 def score(net, classifier, data, cfg, ctx):
     """--evaluate: say what there is to say of a network of either branch. -> its score in words"""
     if isinstance(net, Classifier):
+        out = Path(cfg.out or Path(cfg.evaluate).parent)
+        make_folder(out)  # told now if roc.png cannot be written there
         macro, micro, curve = evaluate_classifier(net, data, cfg, ctx)
         if ctx.main:
-            roc_picture(*curve, micro, Path(cfg.out or Path(cfg.evaluate).parent) / "roc.png")
+            roc_picture(*curve, micro, out / "roc.png")
         return in_words(macro, micro)
     confusion, _ = evaluate(net, data, cfg, ctx, classifier)
     ctx.say(confusion.table(data.classes))

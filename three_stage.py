@@ -63,7 +63,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as tvf
@@ -74,6 +73,7 @@ from common.backbones import ASPP, RESNETS, DeepLabV2, hold_bn, load_weights, up
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, choose_labelled, open_dataset
+from common.datasets.pseudo import mask_path, read_mask
 from common.inference import Examples, predict_folder
 from common.miou import ConfusionMatrix
 from common.pictures import save_mask
@@ -463,23 +463,6 @@ def evaluate(net, others, data, cfg, ctx):
 
 # ---------------------------------------------------------------------- pseudo-masks (Sec. III-B)
 
-def mask_path(folder, split, i):
-    return Path(folder) / f"{split.keys[i]}.png"
-
-
-def read_mask(path, shape, num_classes):
-    """A pseudo-mask, uint8 [H, W]. UserError if it is not there, not of this shape or classes."""
-    try:
-        mask = np.array(Image.open(path))
-    except (OSError, SyntaxError) as error:  # Pillow's errors for missing and damaged files
-        raise UserError(f"{path}: expected a pseudo-mask that can be read ({error})") from error
-    fits = mask.shape == shape and mask.dtype == np.uint8
-    if not fits or ((mask >= num_classes) & (mask != T.IGNORE)).any():
-        raise UserError(f"{path}: expected 8-bit ids 0..{num_classes - 1} of (height, width) = "
-                        f"{tuple(shape)}, found {mask.dtype} {mask.shape} up to {mask.max()}")
-    return torch.from_numpy(mask)
-
-
 def write_pseudo_masks(f, data, folder, cfg, ctx):
     """y^_i = argmax f(x_i), i in L u U: palette PNGs at the size of training. Batches do not depend
     on what is there already, so that a writer that was killed goes on to the very same files."""
@@ -525,7 +508,7 @@ def train(cfg):
     if cfg.masks:
         lengths[:-1] = [0] * (cfg.stages - 1)
     check_stages(cfg, data)
-    folder = RunFolder("three_stage", cfg, data, ctx)
+    folder = RunFolder("three_stage", cfg, ctx, data)
     folder.introduce(labelled, unlabelled, 0, f"{sum(lengths)} steps")
 
     for stage in range(cfg.stages if cfg.masks else 1, len(lengths) + 1):

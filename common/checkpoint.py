@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common.command_line import check_needs
+from common.files import replacing
 from common.settings import UserError, flag, from_saved
 
 
@@ -15,21 +16,13 @@ def save(path, state):
 
     Raises UserError when it cannot be written, as on a full disk; the old file is kept then.
     """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # after a kill, the next save overwrites it
-    try:
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the rename itself must reach the disk
-        os.close(folder)
-    except (OSError, RuntimeError) as error:  # torch's own error hides the disk's
-        temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.__context__ or error}): expected a "
-                        "folder with room for it") from error
+    with replacing(path, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    os.fsync(folder)  # the rename itself must reach the disk
+    os.close(folder)
 
 
 def load(path, device="cpu"):
@@ -60,8 +53,9 @@ def open_checkpoint(script, path, config_class, given, device):
                         f"own settings")
     try:
         config = from_saved(config_class, state["config"], given)
+        state |= state["domains"][0]  # the dataset of all scripts but cct.py, which takes several
         state["step"], state["palette"].tolist(), len(state["classes"])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged, or of another version ({error})") from error
     check_needs(config, given)
     return config, state

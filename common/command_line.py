@@ -86,6 +86,11 @@ def _add_flag(group, field, kind, value):
     group.add_argument(flag(field.name), **words)
 
 
+def preset_of(presets, data):
+    """The preset of a dataset; of several, `a+b`, their own one, if there is one, or that of a."""
+    return presets.get(data, presets.get(data.partition("+")[0], {}))
+
+
 def parse(config_class, presets, argv=None, description=""):
     """Read the command line. -> (config, given): the dataclass filled in, and the fields that were
     given as flags with their values. Raises UserError for flags that exclude each other."""
@@ -94,7 +99,7 @@ def parse(config_class, presets, argv=None, description=""):
     data = fields["data"].default
     if "--data" in argv[:-1]:
         data = argv[argv.index("--data") + 1]
-    preset = config_class(**presets.get(data, {}))
+    preset = config_class(**preset_of(presets, data))
     parser = argparse.ArgumentParser(
         description=description.partition("\n\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value ..]",
@@ -116,7 +121,7 @@ def parse(config_class, presets, argv=None, description=""):
             if len(value) == 2 and value[0] > value[1]:
                 parser.error(f"argument {flag(name)}: expected the smaller number first, not "
                              f"{value[0]} {value[1]}")
-    config = config_class(**{**presets.get(given.get("data", data), {}), **given})
+    config = config_class(**{**preset_of(presets, given.get("data", data)), **given})
     for name in given:
         other = fields[name].metadata["replaces"]
         if other in given:

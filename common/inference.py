@@ -13,6 +13,7 @@ from common.datasets.masks import IMAGE_SUFFIXES, find_files, read_image
 from common.pictures import save_mask, save_picture
 from common.run_folder import make_folder
 from common.settings import UserError, say
+from common.smoothness import smoothness_picture
 from common.streams import to_device
 from common.transforms import ForScoring, denormalise
 
@@ -46,7 +47,8 @@ class Examples:
 def predict_folder(network, cfg, out, palette, ctx):
     """Predict every image below cfg.images, shared out over the processes, into the folder `out`.
 
-    network: images [1, 3, H, W] -> logits [1, C, H, W]. palette: uint8 tensor [C, 3].
+    network: images [1, 3, H, W] -> logits [1, C, H, W]; for cfg.format smoothness -> features.
+    palette: uint8 tensor [C, 3].
     cfg.scoring_size: (H, W) to which images are resized; None: they keep their own.
     cfg.format: what is written, see `targets_of` and `save_prediction`.
     An image that cannot be read does not keep it from the others; UserError names them at the end.
@@ -61,10 +63,15 @@ def predict_folder(network, cfg, out, palette, ctx):
     for count, i in enumerate(mine, 1):
         try:
             image = read_image(paths[i])
-            size = (1024, 2048) if cfg.format == "cityscapes" else image.shape[:2]
-            ids = predict_image(network, image, cfg.scoring_size, size, ctx.device)
             make_folder(targets[paths[i]].parent)
-            save_prediction(ids, palette, targets[paths[i]], cfg.format)
+            x, _ = ForScoring(cfg.scoring_size)(image, None)
+            x = to_device(x[None], ctx.device)
+            if cfg.format == "smoothness":
+                picture = Image.fromarray(smoothness_picture(image, x, network(x)))
+                save_picture(picture, targets[paths[i]])
+            else:
+                size = (1024, 2048) if cfg.format == "cityscapes" else image.shape[:2]
+                save_prediction(label_map(network(x), size), palette, targets[paths[i]], cfg.format)
         except (UserError, OSError) as error:
             say(error)
             failed[i] = 1
@@ -77,13 +84,10 @@ def predict_folder(network, cfg, out, palette, ctx):
                         f"predicted: {', '.join(lost)}")
 
 
-def predict_image(network, image, size, target_size, device):
-    """uint8 [H, W, 3] -> class ids, uint8 [H', W'] of target_size. The image is resized to `size`,
-    if given, and the logits, not the labels, to target_size."""
-    x, _ = ForScoring(size)(image, None)
-    logits = network(to_device(x[None], device))
-    if logits.shape[2:] != target_size:
-        logits = F.interpolate(logits, target_size, mode="bilinear", align_corners=False)
+def label_map(logits, size):
+    """Logits [1, C, h, w], resized if they have another size -> class ids, uint8 [H, W]"""
+    if logits.shape[2:] != size:
+        logits = F.interpolate(logits, size, mode="bilinear", align_corners=False)
     return logits.argmax(1)[0].byte().cpu().numpy()
 
 

@@ -3,12 +3,12 @@ import csv
 import datetime
 import importlib.util
 import math
-import os
 import time
 from contextlib import contextmanager
 
 import torch
 
+from common.files import replacing
 from common.pictures import line_plot, short
 from common.settings import UserError, say
 
@@ -21,13 +21,15 @@ class Log:
     """What a run says and writes down. Every process calls every method; `main` prints and writes.
 
     A row has means over the steps since the last one, images_per_s, data_wait (share of the time
-    inside `waiting`; both count the start-up in the first row) and gpu_gb (the peak so far).
+    inside `waiting`; both count the start-up in the first row) and gpu_gb (the peak so far). Every
+    row has `seconds` since the one before, whose sum is the time that a run took, all in all.
     folder: an existing Path. start_step: steps already done; later rows of log.csv are dropped.
     images_per_step: over all processes. mean: tensor -> its mean over them, None if there is one.
+    clock: [time of the last row], a list that the logs of one run share.
     """
 
     def __init__(self, folder, total_steps, every, start_step, images_per_step, device,
-                 main=True, mean=None):
+                 main=True, mean=None, clock=None):
         self.folder = folder
         self.total_steps = total_steps
         self.every = every
@@ -39,17 +41,11 @@ class Log:
         self._kept = []  # (step, {name: 0-d tensor}) since the last row
         self._writer = None
         self._begin = self._since = time.perf_counter()  # of the run, and of the last row
+        self._clock = clock or [self._begin]
         self._waited = 0.0
         if not main:
             return
-        path = folder / "log.csv"
-        data = path.read_bytes() if path.exists() else b""
-        whole_lines = data[:data.rfind(b"\n") + 1]  # without one that a kill has cut short
-        reader = csv.DictReader(whole_lines.decode().splitlines())
-        rows = list(reader)
-        if any(None in [*row, *row.values()] or not row.get("step", "").isdigit() for row in rows):
-            raise UserError(f"{path}: expected a step in each line, and lines of equal length")
-        self._columns = reader.fieldnames or ["step"]
+        self._columns, rows = read_rows(folder / "log.csv")
         self._rows = [row for row in rows if int(row["step"]) <= start_step]
         self._rewrite()
         if importlib.util.find_spec("tensorboard"):
@@ -137,6 +133,8 @@ class Log:
         row = {"step": str(step)} | {name: f"{value:.6g}" for name, value in values.items()}
         if not self.main or any(row.items() <= old.items() for old in self._rows):
             return  # a finished run that is scored again keeps the row that it has
+        row["seconds"] = f"{self._since - self._clock[0]:.6g}"
+        self._clock[0] = self._since
         self._rows.append(row)
         new = [name for name in row if name not in self._columns]
         if new:
@@ -151,9 +149,19 @@ class Log:
 
     def _rewrite(self):
         """Replace log.csv, header and all, in one stroke."""
-        temporary = self.folder / "log.csv.tmp"
-        with open(temporary, "w", newline="") as file:
+        with replacing(self.folder / "log.csv", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)
-        os.replace(temporary, self.folder / "log.csv")
+
+
+def read_rows(path):
+    """-> (names of the columns, rows: {name: text}) of log.csv; no rows if there is no file. Raises
+    UserError for a damaged one."""
+    data = path.read_bytes() if path.exists() else b""
+    whole_lines = data[:data.rfind(b"\n") + 1]  # without one that a kill has cut short
+    reader = csv.DictReader(whole_lines.decode(errors="replace").splitlines())
+    rows = list(reader)
+    if any(None in [*row, *row.values()] or not row.get("step", "").isdigit() for row in rows):
+        raise UserError(f"{path}: expected a step in each line, and lines of equal length")
+    return reader.fieldnames or ["step"], rows

@@ -1,10 +1,10 @@
 """Pictures by Pillow alone: palette PNGs of label maps, panels of examples, plots of curves."""
 import math
-import os
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from common.files import replacing
 from common.transforms import IGNORE
 
 VOID = (224, 224, 192)  # the colour of 255, as in VOC's own masks
@@ -27,10 +27,9 @@ def _full_palette(ids, palette):
 
 
 def save_picture(picture, path):
-    """Write a PNG so that `path` is always a whole file: beside it first, then renamed."""
-    temporary = f"{path}.tmp"
-    picture.save(temporary, format="PNG")
-    os.replace(temporary, path)
+    """Write a PNG so that `path` is always a whole file. Raises UserError if that fails."""
+    with replacing(path, "wb") as file:
+        picture.save(file, format="PNG")
 
 
 def save_mask(ids, palette, path):
@@ -85,24 +84,27 @@ def short(value):
     return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
-def line_plot(panels, path, x_label="step"):
+def line_plot(panels, path, x_label="step", ticks=None):
     """Write a PNG with one plot per panel, stacked; all have the same x axis, which begins at 0.
 
-    panels: list of (title, {series name: [(x, y), ..]}); a y that is not finite leaves a gap. The
-    legend has the last value of every series, but only over steps: elsewhere it means nothing.
+    panels: list of (title, {series name: [(x, y), ..]}); a y that is not finite leaves a gap; a
+    point (x, y, spread) has a bar from y - spread to y + spread. ticks: {x: text}. The legend has
+    the last value of every series, but only over steps: elsewhere it means nothing.
     """
     font = ImageFont.load_default(14)
     width, height = PLOT
     left, right = 80, 80 + width  # of the axes
     curves = [(name, points) for _, series in panels for name, points in series.items()]
     legend = math.ceil(max([font.getlength(name) for name, _ in curves], default=0)) + 120
-    x_high = max([x for _, points in curves for x, _ in points], default=0) or 1
+    x_high = max([x for _, points in curves for x, *_ in points], default=0) or 1
+    ticks = ticks or {i / 4 * x_high: f"{i / 4 * x_high:g}" for i in range(5)}
     picture = Image.new("RGB", (right + legend, len(panels) * (height + 3 * LINE)), "white")
     draw = ImageDraw.Draw(picture)
     for number, (title, series) in enumerate(panels):
         top = number * (height + 3 * LINE) + LINE
         bottom = top + height
-        ys = [y for points in series.values() for _, y in points if math.isfinite(y)] or [0, 1]
+        ys = [end for points in series.values() for _, y, *spread in points if math.isfinite(y)
+              for end in (y - sum(spread), y + sum(spread))] or [0, 1]
         unit = 10 ** math.floor(math.log10(max(ys) - min(ys) or abs(ys[0]) or 1))
         low = math.floor(min(ys) / unit)  # the axis goes from one multiple of the unit to another
         high = max(math.ceil(max(ys) / unit), low + 1)
@@ -111,20 +113,31 @@ def line_plot(panels, path, x_label="step"):
         for i, y in enumerate(np.linspace(bottom, top, high - low + 1), low):
             draw.line((left, y, right, y), "lightgray")
             draw.text((left - 8, y), f"{i * unit:g}", "gray", font, "rm")
-        for i, x in enumerate(np.linspace(left, right, 5)):
+        free = left - 40  # from here on there is room for the text of a tick
+        for x, text in sorted(ticks.items()):
+            x = left + x / x_high * width
             draw.line((x, top, x, bottom), "lightgray")
-            draw.text((x, bottom + 6), f"{i / 4 * x_high:g}", "gray", font, "mt")
+            if x - font.getlength(text) / 2 > free:
+                draw.text((x, bottom + 6), text, "gray", font, "mt")
+                free = x + font.getlength(text) / 2 + 4
         for i, (name, points) in reversed([*enumerate(series.items())]):  # the first one on top
             rgb = SERIES[i % len(SERIES)]
             y = top + i * LINE + LINE // 2
             draw.rectangle((right + 16, y - 2, right + 36, y + 2), rgb)
             last = f"  {short(points[-1][1])}" if points and x_label == "step" else ""
             draw.text((right + 44, y), name + last, "black", font, "lm")
-            pixels = [(left + x / x_high * width, bottom - (y / unit - low) / (high - low) * height)
-                      for x, y in points]
-            for here, after in zip(pixels, pixels[1:] + pixels[-1:]):
+            bars = any(len(point) == 3 for point in points)
+            origin = left + bars * 4 * (i - (len(series) - 1) / 2)  # bars stand side by side
+            step = height / (high - low)
+            pixels = [(origin + x / x_high * width, bottom - (y / unit - low) * step)
+                      for x, y, *_ in points]
+            for here, after, (_, _, *bar) in zip(pixels, pixels[1:] + pixels[-1:], points):
                 if math.isfinite(here[1]):
                     draw.circle(here, 3 if len(points) < 50 else 1, rgb)  # seen if it is alone
                     if math.isfinite(after[1]):
                         draw.line((*here, *after), rgb, 2)
+                    for spread in (*bar, *(-spread for spread in bar)):
+                        end = here[1] + spread / unit * step
+                        draw.line((*here, here[0], end), rgb)
+                        draw.line((here[0] - 3, end, here[0] + 3, end), rgb)
     save_picture(picture, path)

@@ -40,6 +40,34 @@ def find_blobs(objects, min_area=64):
     return torch.cat([first, last]), (area >= min_area) & (root == index)
 
 
+def random_rectangles(blobs, u, share, shape):
+    """Is a pixel inside a random rectangle in the box of one of the blobs? -> bool [B, H, W]
+
+    blobs: from find_blobs on [B, H, W], the `shape`. u: U[0, 1), [2, B*H*W], where in the box of a
+    blob its rectangle is; share: of each side of the box. All are painted at once: with +1 and -1
+    at their corners, cumulative sums over rows and columns count those that cover a pixel.
+    """
+    (y0, x0, y1, x1), valid = blobs
+    b, height, width = shape
+    top, bottom = random_interval(y0, y1, share, u[0])
+    left, right = random_interval(x0, x1, share, u[1])
+    sample = torch.arange(b, device=u.device).repeat_interleave(height * width)
+    corners = torch.zeros(b * (height + 1) * (width + 1), dtype=torch.int32, device=u.device)
+    for y, x, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+        at = (sample * (height + 1) + y) * (width + 1) + x
+        corners.index_add_(0, at.clamp(0, len(corners) - 1), sign * valid.int())
+    covers = corners.view(b, height + 1, width + 1).cumsum(1).cumsum(2)
+    return covers[:, :-1, :-1] > 0
+
+
+def random_interval(start, stop, share, u):
+    """A part of [start, stop] with that share of its length, where u ~ U[0, 1) puts it"""
+    length = ((stop - start) * share).long()
+    room = ((stop - start) * (1 - share)).long() + 1
+    start = start + (u * room).long()
+    return start, start + length
+
+
 def count_pixels(ids, num_classes):
     """Pixels of each class in each mask: int64 [B, H, W], 255 ignored -> int64 [B, C]."""
     counts = torch.zeros(len(ids), 256, dtype=torch.int64, device=ids.device)

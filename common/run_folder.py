@@ -7,12 +7,13 @@ import json
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import torch
 
 from common import checkpoint
-from common.datasets.masks import Split
+from common.files import replacing
 from common.log import Log
 from common.pictures import prediction_panel, save_picture
 from common.settings import UserError, flag, kinds_of, show, to_save
@@ -25,21 +26,23 @@ class RunFolder:
     SIGTERM and SIGHUP are caught from here on, for `stop_if_asked`.
     """
 
-    def __init__(self, script, cfg, data, ctx, free=()):
+    def __init__(self, script, cfg, ctx, *datasets, free=()):
         """Make cfg.out, or reopen it. free: more settings that may differ when a run is resumed.
 
         Raises UserError if the folder holds a run with other settings, or one that is going on.
         """
         self.path = self.log_path = Path(cfg.out)
         self.cfg = cfg
-        self.data = data
+        self.datasets = datasets
         self.ctx = ctx
-        self.about = dict(script=script, config=to_save(cfg), classes=list(data.classes),
-                          palette=torch.from_numpy(data.palette))
+        domains = [dict(name=data.name, classes=list(data.classes),
+                        palette=torch.from_numpy(data.palette)) for data in datasets]
+        self.about = dict(script=script, config=to_save(cfg), domains=domains)
         self.stop = []  # signals that came in; a list, so that the parts of a run share it
-        if isinstance(data.val, Split) and ctx.main:
-            data.val.check_sizes()  # told now, not after the first steps
+        self.clock = [time.perf_counter()]  # of the last row of a log; shared as well
         if ctx.main:
+            for data in datasets:
+                data.val.check_sizes()  # told now, not after the first steps
             make_folder(self.path)
             self.lock = lock(self.path)
             keep_config(self.path, cfg, free)
@@ -58,9 +61,9 @@ class RunFolder:
         self.ctx.barrier()
         return part
 
-    def introduce(self, labelled, unlabelled, step, text=""):
+    def introduce(self, labelled, unlabelled, step, text="", data=None):
         """Say what is about to be trained on: machine, images, steps; the dataset's notes."""
-        data = self.data
+        data = data or self.datasets[0]
         resumed = f", resumed at {step}" if step else ""
         self.ctx.say(f"{self.ctx}; {data.name}: {len(labelled)} labelled and {len(unlabelled)} "
                      f"unlabelled images, {len(data.val)} to score ({data.scored_on}); "
@@ -79,15 +82,18 @@ class RunFolder:
         """Fill `parts` from last.pt, if there is one, and open the log. -> the step to go on from
 
         parts: all that has state, with state_dict and load_state_dict, or tensors; None: absent.
-        `net` is the network of --evaluate. first_step: steps of the log before this training's.
+        `net` is the network of --evaluate. first_step: steps of the log before this training's;
+        steps: those of the log when it is complete.
         """
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.first_step = first_step
+        self.steps = steps
         self.best, self.best_step, step = 0.0, 0, first_step
         if not self.is_new:
             state = checkpoint.load(self.path / "last.pt", self.ctx.device)
             try:
-                checkpoint.same_classes(self.data, state, self.path / "last.pt")
+                for data, domain in zip(self.datasets, state["domains"], strict=True):
+                    checkpoint.same_classes(data, domain, self.path / "last.pt")
                 step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):
@@ -98,7 +104,7 @@ class RunFolder:
                 raise UserError(f"{self.path / 'last.pt'} does not fit this run ({error}): choose "
                                 f"another folder with --out, or move this one away") from error
         self.log = Log(self.log_path, steps, self.cfg.log_every, step, images_per_step,
-                       self.ctx.device, self.ctx.main, self.ctx.mean)
+                       self.ctx.device, self.ctx.main, self.ctx.mean, self.clock)
         return step - first_step
 
     def save(self, step):
@@ -116,7 +122,7 @@ class RunFolder:
             raise UserError(f"training diverged before step {step}: weights are not finite; the "
                             f"last checkpoint is from before: try a smaller --lr or --precision fp32")
         if self.ctx.main:
-            state = self.about | dict(step=step + self.first_step) | state
+            state = self.about | dict(step=step + self.first_step, steps=self.steps) | state
             checkpoint.save(self.path / name, state)
 
     # ------------------------------------------------------------------ results
@@ -134,18 +140,21 @@ class RunFolder:
         self.show(examples)
         self.log.curves()
 
-    def show(self, examples):
-        """Write predictions.png, unless there are no examples."""
+    def show(self, examples, data=None):
+        """Write predictions.png, or of one of several datasets predictions-<its name>.png, unless
+        there are no examples."""
+        data = data or self.datasets[0]
+        name = f"predictions-{data.name}.png" if len(self.datasets) > 1 else "predictions.png"
         if self.ctx.main and examples:
-            panel = prediction_panel(examples, self.data.palette, self.data.classes)
-            save_picture(panel, self.path / "predictions.png")
+            panel = prediction_panel(examples, data.palette, data.classes)
+            save_picture(panel, self.path / name)
 
     def finish(self, confusion=None, result=""):
         """End a run with its last lines: the table, if there is one, and `final: mIoU .. <folder>`,
         or another result"""
         self.log.close()
         if confusion:
-            self.ctx.say(confusion.table(self.data.classes))
+            self.ctx.say(confusion.table(self.datasets[0].classes))
             result = result or f"mIoU {100 * confusion.miou():.1f} ({self.best_score})"
         self.ctx.say(f"final: {result} {self.cfg.out}")
         self.ctx.close()
@@ -155,7 +164,7 @@ class RunFolder:
         for name in ("last.pt", "best.pt"):
             if self.ctx.main and (part.path / name).exists():
                 state = checkpoint.load(part.path / name)
-                kept = {key: state[key] for key in (*self.about, "step", "net")}
+                kept = {key: state[key] for key in (*self.about, "step", "steps", "net")}
                 checkpoint.save(self.path / name, kept)
         if self.ctx.main:
             shutil.copy(part.path / "predictions.png", self.path)
@@ -235,6 +244,5 @@ def keep_config(folder, config, free=()):
         if differences:
             raise UserError(f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                             f"repeat its command to resume it, or choose another folder with --out")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(now, indent=1) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write(json.dumps(now, indent=1) + "\n")

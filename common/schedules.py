@@ -2,8 +2,11 @@
 resume needs no state."""
 import copy
 import math
+import sys
 
 import torch
+
+from common.pictures import line_plot
 
 
 def poly(step, steps, power=0.9):
@@ -32,6 +35,12 @@ def ramp(shape, step, length):
     return RAMPS[shape](min(step / length, 1.0)) if length > 0 else 1.0
 
 
+def draw_ramps(path):
+    """Fig. 8 of CCT as a PNG."""
+    curves = {name: [(t, ramp(name, t, 100)) for t in range(101)] for name in RAMPS}
+    line_plot([("ramps over 100 steps", curves)], path, x_label="t")
+
+
 def make_teacher(student):
     """A copy of the student that is never trained, for update_ema."""
     return copy.deepcopy(student).requires_grad_(False)
@@ -53,3 +62,7 @@ def update_ema(teacher, student, decay, buffers="copy"):
         elif buffers != "keep":
             buffer.copy_(source)
     torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+
+if __name__ == "__main__":  # python -m common.schedules ramps.png
+    draw_ramps(sys.argv[1])

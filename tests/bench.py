@@ -3,6 +3,8 @@
     python tests/bench.py --size 320 160    cct.py, ResNet-50, 2 + 2 images of these sizes
     python tests/bench.py --script s4gan_mlmt.py --backbone resnet101 --size 321
     python tests/bench.py --images 20 --size 320 --precision bf16 --steps 60 --workers 4
+    python tests/bench.py --decoders        cct.py's decoders, one by one (Table 13)
+    python tests/bench.py --crf             common/crf.py alone, one image of the size of VOC's
 
 Each row runs the script in a process of its own on random images of 21 classes, reads its log.csv
 (first interval left out), and its peak memory (on the CPU the process's largest resident set). The
@@ -12,15 +14,20 @@ that the benchmark does not know go to the script.
 import argparse
 import csv
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 SCRIPTS = {  # flags of a script; of its semi-supervised step on N images, half of them unlabelled
     "cct.py": ("--decoder-init icnr --long-side {size} --scale 1 1", "--batch {half}"),
     "s4gan_mlmt.py": ("--branch s4gan --scale 1 1", "--batch {half}"),
@@ -65,6 +72,69 @@ def measure(script, flags, steps, images):
     return steps_per_s, wait, max(gpu) if gpu else usage.ru_maxrss / 2 ** 20
 
 
+def measure_crf(device, height=375, width=500, classes=21):
+    """Seconds of dense_crf for one image, on the CPU with two threads: the best of five"""
+    from common.crf import dense_crf, unary_of_labels
+    torch.set_num_threads(2)
+    torch.manual_seed(0)
+    colours = F.interpolate(255 * torch.rand(1, 3, 4, 5), (height, width), mode="bilinear")[0]
+    image = colours + 2 * torch.randn(3, height, width)  # about as many colours as a photograph
+    image = image.clamp(0, 255).byte().permute(1, 2, 0).to(device)
+    unary = unary_of_labels(torch.randint(classes, (height, width)), classes).to(device)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        dense_crf(image, unary).cpu()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def forward(call, ctx, repeats=5):
+    """-> (median time of a call in ms, MB of tensors that it keeps for the backward pass)"""
+    times, kept = [], {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+    for _ in range(1 + repeats):
+        kept.clear()
+        start = time.perf_counter()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = call()
+        if ctx.device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+        del output
+    return statistics.median(times[1:]), sum(kept.values()) / 2 ** 20
+
+
+def decoders(precision, channels=512, classes=21):
+    """Table 13: the main decoder, and each type of auxiliary ones, on one z of two sizes. The blobs
+    of G-Cutout, found once for all decoders of a step, have a row of their own."""
+    import cct
+    from common.regions import find_blobs
+    from common.runtime import Runtime
+    ctx = Runtime("auto", precision)
+    print(f"{ctx}, z of {channels} channels, {classes} classes")
+    print("| decoder | z | MB kept | ms |\n|--|--|--|--|")
+    for height, width in ((96, 96), (256, 128)):
+        z = torch.rand(1, channels, height, width, device=ctx.device, requires_grad=True)
+        main = cct.Decoder(channels, classes).to(ctx.device)
+        coarse = (torch.rand(1, 1, 6, 6, device=ctx.device) > 0.6).float()
+        objects = F.interpolate(coarse, (8 * height, 8 * width))[:, 0] > 0
+        guides = objects, find_blobs(objects)
+        rows = {"main": lambda: main(z), "find_blobs": lambda: find_blobs(objects)[0]}
+        for name in cct.PERTURBATIONS:
+            cfg = cct.Config(k=1, perturbations=(name,), decoder_init="icnr")
+            auxiliary = cct.Auxiliary(cfg, channels, classes).to(ctx.device)
+            arguments = (0, auxiliary, z, guides, 0, cfg, ctx)
+            rows[name] = lambda arguments=arguments: cct.auxiliary_logits(*arguments)
+        for name, call in rows.items():
+            with ctx.autocast():
+                ms, megabytes = forward(call, ctx)
+            print(f"| {name} | {height}x{width} | {megabytes:.0f} | {ms:.1f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--script", default="cct.py", choices=SCRIPTS)
@@ -72,7 +142,16 @@ def main():
     parser.add_argument("--images", type=int, default=4, help="per step, half of them unlabelled")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--decoders", action="store_true", help="time cct.py's decoders instead")
+    parser.add_argument("--crf", action="store_true", help="time common/crf.py instead")
     args, others = parser.parse_known_args()
+    if args.decoders:
+        decoders(args.precision)
+        return
+    if args.crf:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        print(f"dense_crf, 375 x 500, 21 classes, {device}: {measure_crf(device):.2f} s")
+        return
     print("| script | images x size | precision | images/s | steps/s | peak GB | data wait | "
           "step time, times supervised |\n" + 8 * "|--" + "|")
     for size in args.size:

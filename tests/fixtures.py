@@ -234,7 +234,7 @@ def make_bdd100k(root, old=False):
 
 
 def make_folder(root, n_val=2, classes=("ground", "tall tree 0 128 0", "car", "sky 70 130 180")):
-    """A user's own data: .jpg and .png images, one in a sub-folder; gray and palette masks."""
+    """A user's own data: .jpg and .png images, one in a sub-folder; gray and palette masks; made-up tags."""
     root, rng = Path(root), np.random.default_rng(6)
     names = {"train": [*(f"img{k}" for k in range(5)), "more/img0"], "val": [f"img{k}" for k in range(n_val)]}
     for split, stems in names.items():
@@ -243,8 +243,11 @@ def make_folder(root, n_val=2, classes=("ground", "tall tree 0 128 0", "car", "s
             suffix = ("jpg", "png")[k % 2]
             save_picture(root / f"images/{split}/{stem}.{suffix}", picture_of(rng, mask))
             (save_gray, save_palette)[k % 2](root / f"masks/{split}/{stem}.png", mask)
+    tags = [f"images/train/{stem}.jpg, {classes[0]}" for stem in names["train"]]
     for k in range(3):
         mask = blocks(rng, SIZES[k], range(len(classes)))
         save_picture(root / f"unlabeled/new{k}.jpg", picture_of(rng, mask))
+        tags.append(f"unlabeled/new{k}.jpg, {classes[0]}, {classes[2]}")
+    save_lines(root / "tags.txt", tags)
     save_lines(root / "classes.txt", classes)
     return root

@@ -12,11 +12,14 @@ from conftest import column, last
 from scipy import ndimage
 
 import cct
+from common.command_line import parse
 from common.miou import ConfusionMatrix
 from common.random import Random
 from common.regions import find_blobs
 from common.runtime import Runtime
 from common.schedules import RAMPS, poly, ramp, set_lr
+from common.settings import UserError
+from common.vat import unit
 
 C, CHANNELS, SIDE = 5, 16, 8  # classes, channels of z, and z's height and width in most tests
 CTX = Runtime("cpu", "fp32")
@@ -48,7 +51,7 @@ def lively_decoder():
 
 def small_net():
     torch.manual_seed(0)
-    return cct.Segmenter(config(decoder_init="identity"), C)
+    return cct.Segmenter(config(decoder_init="identity"), [C])
 
 
 def grads(*modules):
@@ -66,15 +69,15 @@ def full_size():
     """The paper's network for VOC, without storage"""
     with torch.device("meta"):
         cfg = cct.Config(decoder_init="icnr")
-        return cct.Segmenter(cfg, 21), cct.Auxiliary(cfg, 512, 21)
+        return cct.Segmenter(cfg, [21]), cct.Auxiliary(cfg, 512, 21)
 
 
 @pytest.mark.parametrize("size", [(321, 321), (360, 480), (375, 500)])
 def test_shapes_at_the_papers_sizes(full_size, size):
     net, _ = full_size
-    z = net.encode(torch.empty(2, 3, *size, device="meta"))
-    assert z.shape == (2, 512, math.ceil(size[0] / 8), math.ceil(size[1] / 8))
-    assert net.decode(z, size).shape == (2, 21, *size)
+    x = torch.empty(2, 3, *size, device="meta")
+    assert net.encoder(x).shape == (2, 512, math.ceil(size[0] / 8), math.ceil(size[1] / 8))
+    assert net(x).shape == (2, 21, *size)
 
 
 def test_parameter_counts_of_the_paper(full_size):
@@ -82,20 +85,23 @@ def test_parameter_counts_of_the_paper(full_size):
         return sum(p.numel() for module in modules for p in module.parameters())
     net, auxiliary = full_size
     assert [count(cct.Decoder(512, c)) for c in (21, 19, 13, 11)] == [16_296, 14_288, 8_840, 7_216]
-    assert count(net.backbone) == 23_508_032
-    assert count(net.psp, net.main, auxiliary) == 23_578_968
+    assert count(net.encoder.backbone) == 23_508_032
+    assert count(net.encoder.psp, net.decoders, auxiliary) == 23_578_968
+    assert count(cct.Discriminator(512, 2)) == 1_845_186  # Table 8
     assert {name: auxiliary.names.count(name) for name in auxiliary.names} == dict(
         i_vat=2, dropout=6, g_cutout=6, con_msk=2, obj_msk=2, f_drop=6, f_noise=6)
 
 
 def test_optimizer_holds_every_parameter_once_at_its_rate():
     net = small_net()
-    auxiliary = cct.Auxiliary(config(k=1), 128, C)
-    optimizer = cct.make_optimizer(net, auxiliary, config())
+    auxiliaries = torch.nn.ModuleList([cct.Auxiliary(config(k=1), 128, C)])
+    discriminator = cct.Discriminator(128, 2)
+    optimizer = cct.make_optimizer(net, auxiliaries, discriminator, config())
     set_lr(optimizer, 0.01 * poly(500, 1000))
     rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    expected = dict.fromkeys([*net.parameters(), *auxiliary.parameters()], 0.00535887)
-    expected |= dict.fromkeys(net.backbone.parameters(), 0.000535887)
+    others = [p for module in (auxiliaries, discriminator) for p in module.parameters()]
+    expected = dict.fromkeys([*net.parameters(), *others], 0.00535887)
+    expected |= dict.fromkeys(net.encoder.backbone.parameters(), 0.000535887)
     assert rates == pytest.approx(expected, rel=1e-5)
 
 
@@ -134,8 +140,8 @@ def test_predict_keeps_any_size(size, mode):
     x = normal(0, 2, 3, *size)
     bottom_right = [(0, 0), (0, 0), (0, -size[0] % 8), (0, -size[1] % 8)]
     padded = torch.from_numpy(np.pad(x.numpy(), bottom_right, mode=mode))
-    whole = net.main(net.psp(net.backbone(padded)))
-    logits = cct.predict(net, x, config(), CTX)
+    whole = net.decoders[0](net.encoder.psp(net.encoder.backbone(padded)))
+    logits = cct.predict(net, x, 0, config(), CTX)
     torch.testing.assert_close(logits, whole[:, :, :size[0], :size[1]])
 
 
@@ -147,7 +153,7 @@ def test_multi_scale_averages_five_scales_and_their_mirror_images():
         scaled = F.interpolate(x, size, mode="bilinear", align_corners=False)
         for logits in (net(scaled), net(scaled.flip(3)).flip(3)):
             total = total + F.interpolate(logits, (16, 36), mode="bilinear", align_corners=True)
-    torch.testing.assert_close(cct.predict(net, x, config(multi_scale=True), CTX), total / 10)
+    torch.testing.assert_close(cct.predict(net, x, 0, config(multi_scale=True), CTX), total / 10)
 
 
 # ---- losses and ramps
@@ -338,7 +344,7 @@ def test_i_vat_leaves_gradients_alone_and_passes_z_through():
 
 def test_i_vat_survives_tiny_and_absent_gradients_and_is_inert_as_released():
     decoder = lively_decoder()
-    assert norms(cct.unit(1e-30 * features())) == pytest.approx([1, 1])  # its square is 0 in float32
+    assert norms(unit(1e-30 * features())) == pytest.approx([1, 1])  # its square is 0 in float32
     dead, _ = cct.adversarial(features(), lambda z: 0 * decoder(z), Random((1,)))
     assert not dead.any()
     released, _ = cct.adversarial(features(), decoder, Random((1,)), released=True)
@@ -349,46 +355,75 @@ def test_i_vat_survives_tiny_and_absent_gradients_and_is_inert_as_released():
 
 @pytest.fixture
 def trained(monkeypatch, tmp_path):
-    """A function that runs cct.train on six tiny images, 3 of them labelled, and tells of it"""
-    def run(ignored=False, **values):
+    """A function that runs cct.train on six tiny images of each domain, 3 of them labelled, and tells
+    of it: of the networks before the first step, and of the gradients of every step"""
+    def run(ignored=False, domains=(C,), **values):
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         short = dict(batch=4, k=1, steps=1, ramp_length=0.0, lambda_u=20.0, log_every=1)
         cfg = config(**{**short, **values}, out=str(folder))
-        record = types.SimpleNamespace(cfg=cfg, folder=folder, grads=[])
+        record = types.SimpleNamespace(cfg=cfg, folder=folder, grads=[], weights=[])
         rng = np.random.default_rng(0)
-        images = rng.integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)
-        masks = rng.integers(0, C, (6, 24, 32), dtype=np.uint8)
-        if ignored:
-            masks[:] = 255
-        split = types.SimpleNamespace(image=images.__getitem__, mask=masks.__getitem__)
-        data = types.SimpleNamespace(name="tiny", classes=tuple("abcde"), notes=(), scored_on="val",
-                                     palette=np.zeros((C, 3), np.uint8), train=split, val=())
+
+        def tiny_domain(number, name, cfg):
+            images = rng.integers(0, 256, (6, 24, 32, 3), dtype=np.uint8)
+            masks = rng.integers(0, domains[number], (6, 24, 32), dtype=np.uint8)
+            if ignored:
+                masks[:] = 255
+            split = types.SimpleNamespace(image=images.__getitem__, mask=masks.__getitem__)
+            data = types.SimpleNamespace(
+                name=name, classes=tuple("abcdefg"[:domains[number]]), notes=(), scored_on="val",
+                palette=np.zeros((domains[number], 3), np.uint8), train=split, val=Nothing())
+            return types.SimpleNamespace(number=number, name=name, cfg=cfg, data=data, labelled=[0, 1, 2],
+                                         unlabelled=[3, 4, 5], pseudo=None, choose_labelled=lambda: None)
+
+        make_networks = cct.make_networks
         make_optimizer = cct.make_optimizer
 
-        def spy_optimizer(net, auxiliary, cfg):
-            record.net, record.auxiliary = copy.deepcopy((net, auxiliary))  # before the first step
-            optimizer = make_optimizer(net, auxiliary, cfg)
-            optimizer.register_step_pre_hook(
-                lambda *_: record.grads.append(copy.deepcopy(grads(net, auxiliary))))
+        def spy_networks(cfg, domains):
+            networks = make_networks(cfg, domains)
+            record.net, record.auxiliaries, record.discriminator = copy.deepcopy(networks)
+            record.net.to(memory_format=torch.channels_last)  # as in training, to the last digit
+            record.auxiliary = record.auxiliaries[0]
+            record.domains = domains
+            return networks
+
+        def spy_optimizer(net, auxiliaries, discriminator, cfg):
+            def spy(*_):
+                networks = torch.nn.ModuleList([net, auxiliaries, discriminator])
+                record.grads.append(copy.deepcopy(grads(networks)))
+                record.weights.append(copy.deepcopy([*networks.parameters()]))
+            optimizer = make_optimizer(net, auxiliaries, discriminator, cfg)
+            optimizer.register_step_pre_hook(spy)
             return optimizer
 
         with monkeypatch.context() as patch:
-            patch.setattr(cct, "open_dataset", lambda *_: data)
-            patch.setattr(cct, "choose_labelled", lambda *_: ([0, 1, 2], [3, 4, 5]))
-            patch.setattr(cct, "evaluate", lambda *_: (ConfusionMatrix(C, "cpu"), ()))
+            patch.setattr(cct, "Domain", tiny_domain)
+            patch.setattr(cct, "evaluate", lambda net, domain, ctx: (
+                ConfusionMatrix(len(domain.data.classes), "cpu"), ()))
+            patch.setattr(cct, "make_networks", spy_networks)
             patch.setattr(cct, "make_optimizer", spy_optimizer)
-            cct.train(cfg)
-        batches_l, batches_u = cct.streams(data, [0, 1, 2], [3, 4, 5], 0, cfg, CTX)
+            cct.train(cfg, {f"domain{i}": cfg for i in range(len(domains))})
+        batches_l, batches_u = cct.streams(record.domains[0], 0, CTX)
         record.x_l, record.y_l = next(batches_l)
         record.x_u = next(batches_u)
         return record
     return run
 
 
+class Nothing:
+    """A split without images"""
+
+    def __len__(self):
+        return 0
+
+    def check_sizes(self):
+        pass
+
+
 def same_gradient(record, loss):
     """Is the first step's gradient that of `loss`, a function of the networks before it?"""
     loss.backward()
-    for ours, naive in zip(record.grads[0], grads(record.net, record.auxiliary), strict=True):
+    for ours, naive in zip(record.grads[0], grads(record.net, record.auxiliaries), strict=True):
         if naive is None:
             assert ours is None
         else:
@@ -437,8 +472,8 @@ def test_step_has_the_gradient_of_the_plain_sum_over_all_decoders(trained, setti
     record = trained(**settings)
     net = record.net
     loss_s = F.cross_entropy(net(record.x_l), record.y_l, ignore_index=255)
-    z = net.encode(record.x_u)
-    loss_u, loss_pairwise = naive_consistency(net.main, record.auxiliary, z, record.cfg)
+    z = net.encoder(record.x_u)
+    loss_u, loss_pairwise = naive_consistency(net.decoders[0], record.auxiliary, z, record.cfg)
     same_gradient(record, loss_s + 20 * loss_u + record.cfg.pairwise * loss_pairwise)
     expected = dict(loss_s=loss_s, loss_u=loss_u)
     if record.cfg.pairwise:
@@ -455,7 +490,7 @@ def test_supervision_trains_no_auxiliary_decoder_consistency_not_the_main_one(tr
     record = trained(**settings)
     net, auxiliary = record.net, record.auxiliary
     gradients = dict(zip([*net.parameters(), *auxiliary.parameters()], record.grads[0], strict=True))
-    parts = [net.backbone, net.psp, net.main, *auxiliary.decoders]
+    parts = [net.encoder.backbone, net.encoder.psp, net.decoders[0], *auxiliary.decoders]
     assert [any(gradients[p].any() for p in part.parameters()) for part in parts] == learning
 
 
@@ -521,7 +556,7 @@ def test_input_vat_learns_nothing_and_leaves_nothing_behind(monkeypatch, world):
     x = normal(0, 4, 3, 16, 24)
     r, p = cct.adversarial(x, copy.deepcopy(net), Random((1,)), 0.1, 1.5)  # with batch statistics
     before = copy.deepcopy(net)
-    moved, clean = cct.input_vat(net, x, Random((1,)), config(vat_eps=1.5))
+    moved, clean = cct.input_vat(net, 0, x, Random((1,)), config(vat_eps=1.5))
     assert torch.equal(moved, x + r) and torch.equal(clean, p)
     assert set(grads(net)) == {None} and net.training
     assert all(torch.equal(*pair) for pair in zip(before.buffers(), net.buffers()))
@@ -532,7 +567,160 @@ def test_input_vat_learns_nothing_and_leaves_nothing_behind(monkeypatch, world):
 def test_vat_step(trained):
     record = trained(method="vat")
     rng = Random((record.cfg.seed, "vat", 0))
-    x_adv, p = cct.input_vat(copy.deepcopy(record.net), record.x_u, rng, record.cfg)
+    x_adv, p = cct.input_vat(copy.deepcopy(record.net), 0, record.x_u, rng, record.cfg)
     loss_s = F.cross_entropy(record.net(record.x_l), record.y_l)
     log_q = record.net(x_adv).log_softmax(1)
     same_gradient(record, loss_s + 20 * (p * (p.log() - log_q)).sum(1).mean() / C)
+
+
+# ---- domains (Sec. 3.4), their alignment (App. E), weak labels (Sec. 3.3)
+
+def settled(flags):
+    return cct.settle(*parse(cct.Config, cct.PRESETS, [*flags.split(), "--out", "x"]))
+
+
+def test_domains_have_the_settings_of_their_own_presets():
+    domains = settled("--data cityscapes+camvid+folder+folder --root a+b+c+d --split e+f+g+h")
+    assert list(domains) == ["cityscapes", "camvid", "folder", "folder_4"]
+    assert [d.root + d.split for d in domains.values()] == ["ae", "bf", "cg", "dh"]
+    assert [d.data for d in domains.values()] == ["cityscapes", "camvid", "folder", "folder"]
+    assert [d.size for d in domains.values()] == [(512, 1024), (360, 480), None, None]
+    assert [d.long_side for d in domains.values()] == [None, None, 400, 400]
+    assert {d.batch for d in domains.values()} == {4} and {d.backbone for d in domains.values()} == {"resnet50"}
+    forced = settled("--data camvid+folder --size 64 --labeled 20")
+    assert [(d.size, d.long_side, d.labeled) for d in forced.values()] == [((64, 64), None, "20")] * 2
+    table2 = settled("--data cityscapes+camvid --labeled 50+100")
+    assert [(d.labeled, d.epochs) for d in table2.values()] == [("50", 50), ("100", 50)]
+    assert [(d.labeled, d.epochs) for d in settled("--data cityscapes+sunrgbd13").values()] == [("1500", 100)] * 2
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--data voc+camvid --split list.txt", "--split list.txt: expected 2 with +"),
+    ("--data voc+camvid --labeled 1+2+3", "--labeled 1.2.3: expected 2 with +"),
+    ("--data voc+camvid --weak --tags tags.txt", "--tags tags.txt: expected 2 with +"),
+    ("--data voc --adversarial", "--adversarial has no effect with --data voc, a single domain"),
+    ("--data voc+camvid --method vat --adversarial", "--adversarial has no effect"),
+    ("--data voc --tags tags.txt", "--tags has no effect without --weak")])
+def test_wrong_domains_are_told(flags, said):
+    with pytest.raises(UserError, match=said):
+        settled(flags)
+
+
+def test_domains_take_turns_and_the_idle_one_does_not_move(trained):
+    record = trained(domains=(C, 3), steps=4, lr=0.1, weight_decay=0.1)
+    net, auxiliaries = record.net, record.auxiliaries
+    order = [*net.parameters(), *auxiliaries.parameters()]
+    assert net.decoders[1].adapt.out_channels == auxiliaries[1].decoders[0].adapt.out_channels == 3
+
+    def of(values, module):
+        by_parameter = dict(zip(order, values, strict=True))
+        return [by_parameter[p] for p in module.parameters()]
+    for step in range(4):
+        active, idle = (step % 2, 1 - step % 2)
+        learning = [net.encoder, net.decoders[active], *auxiliaries[active].decoders]
+        assert all(any(g.any() for g in of(record.grads[step], module)) for module in learning)
+        for module in (net.decoders[idle], auxiliaries[idle]):
+            assert of(record.grads[step], module) == [None] * len(list(module.parameters()))
+            if step < 3:  # no weight decay, no momentum
+                before, after = of(record.weights[step], module), of(record.weights[step + 1], module)
+                assert all(map(torch.equal, before, after))
+    assert not torch.equal(record.weights[0][0], record.weights[1][0])
+
+
+def test_each_domain_reads_its_own_images(trained):
+    record = trained(domains=(C, C), steps=3)
+    alone = trained()
+    torch.testing.assert_close(column(record.folder, "loss_s")[1], column(alone.folder, "loss_s")[1])
+    second = [cct.streams(domain, 0, CTX) for domain in record.domains]
+    images = [next(batches_l)[0] for batches_l, _ in second]
+    assert not torch.equal(*images)
+
+
+def test_mean_of_the_domains_is_scored_and_logged(trained, monkeypatch):
+    def matrix(c, hits):
+        confusion = ConfusionMatrix(c, "cpu")
+        confusion.update(torch.arange(c), torch.arange(c).where(torch.arange(c) < hits, (torch.arange(c) + 1) % c))
+        return confusion
+    scores = {"domain0": matrix(C, C), "domain1": matrix(3, 1)}
+    monkeypatch.setattr(cct, "evaluate", lambda net, domain, ctx: (scores[domain.name], ()))
+    record = types.SimpleNamespace(rows=[], shown=[])
+    folder = types.SimpleNamespace(show=lambda rows, data: record.shown.append(data),
+                                   scored=lambda step, score, **more: record.rows.append((step, score, more)))
+    domains = [types.SimpleNamespace(name=name, data=name) for name in scores]
+    cct.evaluate_all(None, domains, folder, 7, CTX)
+    one = scores["domain1"].miou()
+    assert record.rows == [(7, (1 + one) / 2, dict(miou_domain0=1.0, miou_domain1=one))] and one < 1
+    cct.evaluate_all(None, domains[:1], folder, 8, CTX)
+    assert record.rows[1] == (8, 1.0, {}) and record.shown == ["domain0", "domain1", "domain0"]
+
+
+def test_discriminator_has_the_layers_of_table_8():
+    discriminator = cct.Discriminator(CHANNELS, 2)
+    x = features()
+    for conv, channels in zip(discriminator.convs, (64, 128, 256, 512), strict=True):
+        x = F.leaky_relu(F.conv2d(x, conv.weight, conv.bias, padding=1), 0.2)
+        assert x.shape == (2, channels, SIDE, SIDE)
+    torch.testing.assert_close(discriminator(features()), F.conv2d(x, discriminator.last.weight,
+                                                                   discriminator.last.bias))
+    assert discriminator(features()).shape == (2, 2, SIDE, SIDE)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_eq11_domain_loss(number):
+    logits = normal(1, 2, 2, 3, 4)
+    g = logits.softmax(1)[:, 1]  # of the second domain
+    by_hand = -(g if number else 1 - g).log().mean()  # Eq. 11 with log(1 - g), for one domain's images
+    assert cct.domain_loss(logits, number).item() == pytest.approx(by_hand.item())
+
+
+def test_eq12_discriminator_descends_and_the_encoder_ascends_its_loss(trained):
+    record = trained(domains=(C, 3), adversarial=True, lambda_adv=0.3)
+    net, discriminator = record.net, record.discriminator
+    z_l, z_u = net.encoder(record.x_l, record.x_u)
+    loss_adv = -sum(discriminator(z).log_softmax(1)[:, 0].mean() for z in (z_l, z_u)) / 2
+    loss_s = F.cross_entropy(cct.crop(net.decoders[0](z_l), record.x_l), record.y_l)
+    loss_u, _ = naive_consistency(net.decoders[0], record.auxiliary, z_u, record.cfg)
+    (loss_s + 20 * loss_u - 0.3 * loss_adv).backward(retain_graph=True)
+    discriminator.zero_grad()
+    loss_adv.backward(inputs=list(discriminator.parameters()))
+    expected = grads(net, record.auxiliaries, discriminator)
+    for ours, naive in zip(record.grads[0], expected, strict=True):
+        if naive is None:
+            assert ours is None
+        else:
+            torch.testing.assert_close(ours, naive, rtol=1e-2, atol=1e-3 * naive.abs().max().item() + 1e-9)
+    assert column(record.folder, "loss_adv") == {1: pytest.approx(loss_adv.item(), rel=1e-4)}
+
+
+def test_eq5_eq6_weak_labels_train_the_auxiliary_decoders_and_the_encoder(trained, monkeypatch):
+    """Not the main decoder: with L_s = 0 and lambda_u = 0 nothing reaches it."""
+    masks = np.random.default_rng(3).integers(0, C, (6, 24, 32), dtype=np.uint8)
+    masks[:, :9] = 255
+
+    def weak_labels(domain, augment, part, ctx):
+        assert part.path.name == "weak"
+        return types.SimpleNamespace(image=domain.data.train.image, mask=masks.__getitem__)
+    monkeypatch.setattr(cct, "weak_labels", weak_labels)
+    record = trained(weak=True, lambda_w=0.7, lambda_u=0.0, ignored=True)
+    net, auxiliary = record.net, record.auxiliary
+    x_u, y_w = record.x_u
+    z = net.encoder(x_u)
+    guide = ~torch.isin(net.decoders[0](z).argmax(1), torch.tensor(record.cfg.background))
+    losses = []
+    for k, decoder in enumerate(auxiliary.decoders):
+        rng = Random((record.cfg.seed, "perturb", 0, k))
+        logits = decoder(perturbed(auxiliary.names[k], z, decoder, guide, rng, record.cfg))
+        losses.append(F.cross_entropy(logits, y_w, ignore_index=255))
+    loss_w = sum(losses) / len(losses)
+    (0.7 * loss_w + 0 * net(record.x_l).sum()).backward()
+    for ours, naive in zip(record.grads[0], grads(net, record.auxiliaries), strict=True):
+        torch.testing.assert_close(ours, naive, rtol=1e-2, atol=1e-3 * naive.abs().max().item() + 1e-9)
+    assert not any(p.grad.any() for p in net.decoders.parameters())
+    assert column(record.folder, "loss_w") == {1: pytest.approx(loss_w.item(), rel=1e-4)}
+    assert column(record.folder, "w_w") == {1: pytest.approx(0.7)}
+
+
+def test_weak_weight_rises_as_w_u_does():
+    cfg = cct.Config(steps=45600)
+    assert [cct.weak_weight(t, cfg) for t in (0, 2280, 4560)] == pytest.approx([0.4 * math.exp(-5), 0.4 * 8.5951 / 30,
+                                                                                0.4], rel=1e-4)

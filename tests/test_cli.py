@@ -214,7 +214,7 @@ def test_exit_status_reaches_the_shell():
 @each_script
 def test_presets_name_real_fields(script):
     names = {field.name for field in dataclasses.fields(script.Config)}
-    assert set(script.PRESETS) == set(DATASETS)
+    assert {data for data in script.PRESETS if "+" not in data} == set(DATASETS)
     for data, preset in script.PRESETS.items():
         assert set(preset) <= names
         parse(script.Config, script.PRESETS, ["--data", data])
@@ -257,23 +257,6 @@ def test_every_command_of_the_documentation_is_accepted(script):
         check_needs(*parse(script.Config, script.PRESETS, words))
 
 
-@each_script
-def test_the_commands_of_the_papers_tables_run_one_after_the_other(script):
-    """No two that differ share a run folder, and what one of them reads another one writes."""
-    _, _, details = (ROOT / "README.md").read_text().partition(f"<summary>{script.__name__}.py</summary>")
-    folders = {}
-    for words in commands(details.partition("</details>")[0], script):
-        cfg, given = parse(script.Config, script.PRESETS, words)
-        for path in re.findall(r"runs/[^/ ]+", " ".join(words)):
-            assert path in folders, words
-        if not cfg.evaluate:
-            script.settle(cfg, given)
-            settings = {name: value for name, value in dataclasses.asdict(cfg).items()
-                        if not script.Config.__dataclass_fields__[name].metadata["free"]}
-            assert folders.setdefault(cfg.out, settings) == settings, cfg.out
-    assert len(folders) > 8
-
-
 LOGITS = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))
 P, Y, KEEP = LOGITS.flip(1).softmax(1), LOGITS[:, 0].long().clamp(0, 4), LOGITS[:, 1] > 0
 COPIED = [
@@ -307,4 +290,5 @@ def test_scripts_stay_apart():
         imported |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
         assert not scripts & imported, path
         loose = [node for node in tree.body if isinstance(node, (ast.For, ast.While, ast.With))]
-        assert not loose and Path(path).read_text().count('__name__ == "__main__"') == (path.stem in scripts), path
+        started = path.stem in {*scripts, "schedules", "summary"}
+        assert not loose and path.read_text().count('__name__ == "__main__"') == started, path

@@ -22,6 +22,7 @@ from common.datasets import SegmentationData, choose_labelled, open_dataset
 from common.datasets.labelled import read_list
 from common.datasets.masks import find_files, read_image
 from common.datasets.mat import read_mat
+from common.datasets.tags import Tagged, read_tags
 from common.datasets.voc import voc_palette
 from common.settings import UserError
 from fixtures import (BDD, CAMVID, CAMVID_COLOURS, CITY_TRAIN, CITY_VAL, PCONTEXT, PCONTEXT_ROW, SBD_ONLY,
@@ -596,3 +597,59 @@ def test_hostile_and_damaged_pickles_are_refused_and_take_no_memory(tmp_path, mo
     tracemalloc.stop()
     assert message.startswith(f"{file}: ") and wrong in message
     assert peak < 2 ** 22 and not Path("evil").exists()
+
+
+@pytest.mark.parametrize("name, names", [("voc", ("bird", "person")), ("folder", ("tall tree", "car"))])
+def test_tags_of_a_file_are_read(tmp_path, name, names):
+    data, file = open_dataset(name, MAKERS[name](tmp_path / "data")), tmp_path / "tags.txt"
+    one, two, three = data.train.keys[:3]
+    rows = [f"images\\{two}.jpg ,{names[0]},  {names[1]}, ,", f'{one},"{names[1]}",{names[1]}', f"{three},{names[0]}"]
+    a, b = (data.classes.index(word) for word in names)
+    for text in ("\n".join(rows), "\ufeff\r\n# a comment\r\n" + "  \r\n".join(rows) + "\t\r\n\r\n"):
+        file.write_bytes(text.encode())
+        tags = read_tags(file, data)
+        assert {i: set(np.flatnonzero(tags[i])) for i in tags} == {0: {b}, 1: {a, b}, 2: {a}}
+        tags = read_tags(file, data, always=(0,))
+        assert {i: set(np.flatnonzero(tags[i])) for i in tags} == {0: {0, b}, 1: {0, a, b}, 2: {0, a}}
+        assert all(of_image.dtype == bool and of_image.shape == (len(data.classes),) for of_image in tags.values())
+
+
+def test_names_with_a_comma_stand_in_quotes_in_tags(tmp_path):
+    root, file = make_folder(tmp_path / "data"), tmp_path / "tags.txt"
+    save_picture(root / "unlabeled/a, b.jpg", np.zeros((20, 30, 3), np.uint8))
+    save_lines(root / "classes.txt", ["car", "tree, tall", "sky", "road"])
+    save_lines(file, ['"unlabeled/a, b", "tree, tall", sky'])
+    assert [*read_tags(file, open_dataset("folder", root)).values()][0].tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize("rows, wrong", [  # {0} and {1} are images of train, {2} one of val
+    (["{0}, car", "img9, car"], "tags.txt, line 3: img9 is no training image of folder, as train/img0 is"),
+    (["image,tags", "{0}, car"], "line 2: image is no training image"), (["{2}, car"], "line 2: val/img0 is no"),
+    (["{0}, car", "{0}.jpg, sky"], "line 3: train/img0 has a line already"),
+    (["{0}"], "line 2: train/img0 has no tags; expected names"), (["{0},"], "train/img0 has no tags"),
+    (["{0} car"], "line 2: train/img0 car is no training image"), ([","], "line 2: , is no training image"),
+    (["{0}, Car, bus"], "line 2: Car, bus: no such class; folder has ground, tall tree, car, sky"),
+    ([], "tags.txt: the list is empty")])
+def test_wrong_tags_are_refused(tmp_path, rows, wrong):
+    data, file = open_dataset("folder", make_folder(tmp_path / "data")), tmp_path / "tags.txt"
+    save_lines(file, ["# tags", *(row.format(*data.train.keys[:2], data.val.keys[0]) for row in rows)])
+    assert wrong in error_of(read_tags, file, data)
+
+
+def test_tags_are_those_of_the_file_or_of_a_mask_that_may_be_opened(tmp_path):
+    data, file = open_dataset("folder", make_folder(tmp_path / "data")), tmp_path / "tags.txt"
+    mask = np.full(data.train.image(1).shape[:2], 255, np.uint8)
+    mask[5, 7] = 2  # a single pixel
+    save_gray(Path(data.train.masks[1]), mask)
+    for i in (0, 2, 3, 4, 5):
+        data.train.masks[i] = str(tmp_path / "nowhere.png")  # opened, it would raise
+    lines = [f"{key}, sky" for key in data.train.keys]
+    save_lines(file, [*lines[:1], *lines[2:]])
+    tagged = Tagged(data, [0, 1], file)  # of which image 1 has no line
+    assert [tagged.mask(i).tolist() for i in range(9)] == [[False, False, k == 1, k != 1] for k in range(9)]
+    assert np.array_equal(tagged.image(8), data.train.image(8))
+    save_lines(file, lines[:5])
+    said = "tags.txt: 4 of 9 training images have no tags (train/more/img0, unlabeled/new0, unlabeled/new1, ..); "
+    assert said + "expected a line for each" in error_of(Tagged, data, [0, 1], file)
+    assert "--weak: 3 of 9 training images have no tags (unlabeled/" in error_of(Tagged, data, [0, 1])
+    assert Tagged(data, [0, 1], needed=[0, 1]).mask(1).tolist() == [False, False, True, False]

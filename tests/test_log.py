@@ -105,6 +105,25 @@ def test_speed_and_wait_of_the_last_interval(tmp_path, monkeypatch):
     assert rows(tmp_path, "images_per_s", "data_wait") == [("2", "0.25"), ("", ""), ("2", "0.25")]
 
 
+def test_the_seconds_of_all_rows_are_the_time_that_a_run_took(tmp_path, monkeypatch, capsys):
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(common.log, "time", clock)
+    shared = [clock.now]  # with the logs of other parts of the run
+    clock.now += 3
+    log = new_log(tmp_path, total=20, clock=shared)
+    clock.now += 5
+    train(log, 1, 10)
+    clock.now += 100
+    log.evaluated(10, miou=0.5)
+    log = new_log(tmp_path, total=20, start=10)  # resumed, and scored once more
+    clock.now += 7
+    log.evaluated(10, miou=0.5)
+    clock.now += 20
+    train(log, 11, 20)
+    assert rows(tmp_path, "step", "seconds") == [("10", "8"), ("10", "100"), ("20", "27")]
+    assert "seconds" not in capsys.readouterr().out
+
+
 def test_only_the_main_process_writes_but_all_take_part_in_the_mean(tmp_path, capsys):
     log = new_log(tmp_path, main=False, mean=lambda table: table + math.nan)
     log.say("hello")

@@ -1,18 +1,22 @@
 """Whole runs of all scripts: exact resume, processes, signals, flags, the files of a run folder."""
 import contextlib
+import ctypes
 import importlib
 import io
 import json
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import (ROOT, SCRIPTS, STEPS, column, kill, last, run_here, run_script, same_run, same_state,
+from conftest import (ENV, ROOT, SCRIPTS, STEPS, column, kill, last, run_here, run_script, same_run, same_state,
                       start_script, steps_done, wait_for)
 from PIL import Image
 
@@ -78,6 +82,22 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(whole, tiny, tmp_path
     same_run(whole(script)[0], folder)
 
 
+def test_kill_9_in_each_phase_of_weak_labels_then_resume_is_bit_equal(tiny, tmp_path):
+    """While the classifier trains, while pseudo-labels are written, and in the training with them"""
+    arguments = [*tiny["cct"], "--weak", "--tags", f"{root_of(tiny['cct'])}/tags.txt", "--weak-epochs", 9]
+    run_here("cct", *arguments, "--out", tmp_path / "whole")
+    folder = tmp_path / "run"
+    for reached in (lambda: steps_done(folder) > 3, lambda: list((folder / "weak/pseudo").rglob("*.png")),
+                    lambda: (folder / "last.pt").exists()):
+        process = start_script("cct", *arguments, "--workers", 1, "--out", folder)
+        wait_for(lambda: process.poll() is not None or reached())
+        kill(process)
+    finished = (folder / "weak/finished.pt").stat().st_mtime
+    run_here("cct", *arguments, "--out", folder)
+    same_run(tmp_path / "whole", folder)
+    assert (folder / "weak/finished.pt").stat().st_mtime == finished  # a phase that is done is not repeated
+
+
 @each_script
 def test_a_signal_to_all_processes_saves_and_the_run_goes_on(whole, tiny, tmp_path, script):
     """As torchrun, Slurm or a closed terminal send it: to the loader's workers too"""
@@ -139,6 +159,63 @@ def test_a_full_disk_is_told_and_the_old_checkpoint_stays(tiny, tmp_path, monkey
     with pytest.raises(UserError, match="last.pt cannot be written .*No space left"):
         checkpoint.save(tmp_path / "last.pt", dict(step=3))
     assert last(tmp_path)["step"] == 2 and not list(tmp_path.glob("*.tmp"))
+
+
+COMMANDS = """
+import importlib, resource, sys
+from common.command_line import run
+for line in sys.stdin:
+    limit, script, *flags = line.split()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+    print("status", run(lambda: importlib.import_module(script).main(flags)))
+"""
+
+
+def run_as_user(lines):
+    """Commands, each after the largest size of a file in bytes or -1, in one process that may not write where
+    the modes of folders forbid it, even if it is root's. -> what it says on both channels"""
+    def obey_modes():
+        for capability in (1, 2) if os.geteuid() == 0 else ():  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+            ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+    done = subprocess.run([sys.executable, "-c", COMMANDS], cwd=ROOT, env=ENV, input="\n".join(lines), text=True,
+                          capture_output=True, timeout=120, preexec_fn=obey_modes)
+    return done.stdout, done.stderr
+
+
+def test_folders_that_are_read_only_or_unreadable_are_told_in_a_sentence(tmp_path, whole, bare):
+    root = fixtures.make_folder(tmp_path / "data")
+    a, b = (shutil.copytree(whole(script)[0], tmp_path / script) for script in ("cct", "s4gan_mlmt"))
+    (tmp_path / "out").mkdir()
+    closed = {tmp_path / "out": 0o555, a: 0o555, b / "mlmt": 0o555, root / "unlabeled": 0o000}
+    train, images = f"cct {' '.join(bare['cct'])}", f"--images {root}/images/val"
+    cases = {f"{train} --out {tmp_path}/out/run": "out/run: cannot make this folder (Permission denied)",
+             f"{train} --out {tmp_path}/out": "out: this folder is read-only",
+             f"{train} --out {a}": "cct: this folder is read-only",
+             f"cct --predict {a}/last.pt {images} --out {tmp_path}/out": "out: this folder is read-only",
+             f"cct --predict {a}/last.pt {images}": "cct/predictions: cannot make this folder",
+             f"s4gan_mlmt --evaluate {b}/mlmt/last.pt": "mlmt: this folder is read-only",
+             f"{train} --root {root} --out {tmp_path}/run": "unlabeled: this folder cannot be read"}
+    for folder, mode in closed.items():
+        folder.chmod(mode)
+    said, errors = run_as_user([f"-1 {command}" for command in cases])
+    for folder in closed:
+        folder.chmod(0o755)
+    assert said.splitlines() == ["status 2"] * len(cases)
+    for line, wrong in zip(errors.splitlines(), cases.values(), strict=True):
+        assert "error: " in line and wrong in line
+    assert not list(tmp_path.rglob("*.tmp")) and not (tmp_path / "run").exists()
+
+
+def test_files_without_room_are_told_in_a_sentence(tmp_path, whole, bare, tiny):
+    train = f"cct {' '.join(tiny['cct'])} --out {tmp_path}/a"
+    predict = f"cct --predict {whole('cct')[0]}/last.pt --images {bare['cct'][-1]}/images/val --out {tmp_path}/p"
+    said, errors = run_as_user([f"9 {train}", f"2000 {train}", f"1000000 {train}", f"2000 {train}", f"99 {predict}"])
+    assert re.findall("status .*|final.*", said) == ["status 2"] * 5
+    for line, name in zip(errors.splitlines(), ["config.json", *["last.pt"] * 3]):
+        assert f"{name} cannot be written ([Errno 27] File too large): expected a folder with room" in line
+    assert "img0.png cannot be written" in said and "2 of 2 images could not be predicted" in errors
+    assert not list(tmp_path.rglob("*.tmp"))
+    run_here("cct", *tiny["cct"], "--out", tmp_path / "a")  # with room it runs
 
 
 def test_a_scored_mask_of_another_size_is_told_before_training(tmp_path, tiny):
@@ -213,12 +290,15 @@ TWO = {  # flags whose result does not hang on float error, and the columns to c
 }
 
 
-@each_script
-def test_two_processes_equal_one(tiny, tmp_path, script):
+@pytest.mark.parametrize("script, more", [
+    *((script, "") for script in SCRIPTS), ("cct", "--data folder+folder --adversarial --steps 4"),
+    ("cct", "--weak --tags {root}/tags.txt --weak-epochs 6 --weak-lr 0.01")])
+def test_two_processes_equal_one(tiny, tmp_path, script, more):
     """Same losses as one process with the same global batch (BN synchronised), every image scored once."""
     flags, columns = TWO[script]
-    run_here(script, *tiny[script], *flags.split(), "--out", tmp_path / "one")
-    output = run_script(script, *tiny[script], *flags.split(), "--out", tmp_path / "two", processes=2)
+    arguments = [*tiny[script], *flags.split(), *more.format(root=root_of(tiny[script])).split()]
+    run_here(script, *arguments, "--out", tmp_path / "one")
+    output = run_script(script, *arguments, "--out", tmp_path / "two", processes=2)
     assert "2 x CPU" in output and output.count("final: mIoU") == 1
     for name in columns.split():
         one, two = column(tmp_path / "one", name), column(tmp_path / "two", name)
@@ -227,6 +307,11 @@ def test_two_processes_equal_one(tiny, tmp_path, script):
     one, two = last(tmp_path / "one")["net"], last(tmp_path / "two")["net"]
     for name in one:
         assert torch.allclose(one[name].float(), two[name].float(), rtol=2e-3, atol=1e-3), name
+    masks = sorted((tmp_path / "one").rglob("weak/pseudo/**/*.png"))
+    assert bool(masks) == ("--weak" in more)
+    for path in masks:
+        one, two = (np.array(Image.open(tmp_path / k / path.relative_to(tmp_path / "one"))) for k in ("one", "two"))
+        assert (one == two).mean() > 0.99, path
 
 
 def test_two_processes_score_as_one(whole, capsys):
@@ -237,6 +322,10 @@ def test_two_processes_score_as_one(whole, capsys):
     assert one == two.strip().splitlines()[-len(one):]
 
 
+def root_of(flags):
+    return flags[flags.index("--root") + 1]
+
+
 class Killed(Exception):
     pass
 
@@ -244,7 +333,10 @@ class Killed(Exception):
 SETTINGS = {
     "cct": ["--supervised", "--method mean_teacher", "--method vat",
             "--k 1 --precision bf16 --pairwise 1 --distance js",
-            "--k 1 --supervised-loss ab_ce --distance kl --optimizer adam --shift 3 --flip"],
+            "--k 1 --supervised-loss ab_ce --distance kl --optimizer adam --shift 3 --flip",
+            "--k 1 --data folder+folder --labeled 5+4 --adversarial",
+            "--data folder+folder --supervised",
+            "--k 1 --steps 2 --weak --tags {root}/tags.txt --weak-epochs 3 --no-crf"],
     "three_stage": ["--supervised", "--batch-l 2 --ema 0.5 --con-target soft --precision bf16",
                     "--batch-l 2 --lambda-pl 0", "--batch-l 2 --ema 0 --branch-stage3 ghat --bn frozen"],
     "c3_semiseg": ["--burn-in 0.5 --mix intra --batch 4", "--burn-in 0.5 --precision bf16",
@@ -259,7 +351,8 @@ SETTINGS = {
 @pytest.mark.parametrize("script, flags", [(script, flags) for script in SCRIPTS for flags in SETTINGS[script]])
 def test_other_settings_train_and_resume(bare, tmp_path, monkeypatch, script, flags):
     """Cut off after some checkpoint and started again, every setting ends with the same bits."""
-    arguments, saves, save = [*bare[script], *flags.split()], [], checkpoint.save
+    flags = flags.format(root=bare[script][-1]).split()
+    arguments, saves, save = [*bare[script], *flags], [], checkpoint.save
     run_here(script, *arguments, "--out", tmp_path / "whole")
 
     def save_and_die(path, state):
@@ -284,6 +377,11 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
         "--decoder-init icnr", "--no-last-relu", "--seed 1", "--no-flip", "--shift 5", "--scale 0.8 0.9",
         "--long-side 64", "--crop 40", "--labeled 4", "--optimizer adam",
         ["--steps 2 --supervised", "--steps 2 --method vat", "--steps 2 --method mean_teacher"]),
+    "cct, domains": ("--steps 4 --k 1 --data folder+folder --adversarial", "--lambda-adv 9", "--labeled 5+4",
+                     ["--steps 4 --k 1 --data folder+folder"]),
+    "cct, weak": ("--steps 2 --k 1 --weak --tags {root}/tags.txt --weak-epochs 6 --thresholds 0.3 0.6",
+                  "--lambda-w 3", "--weak-epochs 7", "--weak-lr 0.01", "--thresholds 0.4 0.6", "--no-crf",
+                  ["--steps 2 --k 1"]),
     "three_stage": (
         "--stages 2 --batch-l 2", "--cutout 8", "--lambda-con 2", "--lambda-con 0", "--lambda-pl 2",
         "--lambda-pl 0", "--con-target soft", "--ema 0", "--no-strong", "--aspp-rates 1,3",
@@ -312,7 +410,7 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
     "s4gan_mlmt, branch B": (
         "--branch mlmt --mlmt-size 32 --mlmt-epochs 3 --mlmt-batch 3 --mlmt-batch-u 2", "--mlmt-size 40",
         "--mlmt-epochs 4", "--mlmt-batch 2", "--mlmt-batch-u 3", "--mlmt-lr 0.01",
-        "--mlmt-weight-decay 0.1", "--mlmt-blur 1 1", "--weak", "--lambda-cons 5", "--cons cosine",
+        "--mlmt-weight-decay 0.1", "--mlmt-blur 1 1", "--weak --tags {root}/tags.txt", "--lambda-cons 5", "--cons cosine",
         "--cons-on unlabelled", "--ema 0.5", "--seed 1",
         ["--branch mlmt --supervised --mlmt-size 32 --mlmt-epochs 3 --mlmt-batch 3"]),
 }
@@ -327,8 +425,9 @@ def test_every_flag_of_the_method_changes_the_training(bare, tmp_path, monkeypat
 
     def trained(flags):
         out = tmp_path / str(len(list(tmp_path.iterdir())))
-        run_here(script, *bare[script], *flags.split(), "--save-every", 100, "--out", out)
-        return last(next(path.parent for path in out.rglob("last.pt")))["net"]
+        flags = flags.format(root=bare[script][-1]).split()
+        run_here(script, *bare[script], *flags, "--save-every", 100, "--out", out)
+        return last(min((path.parent for path in out.rglob("last.pt")), key=lambda path: len(path.parts)))["net"]
     common, *changes, alone = CHANGES[name]
     default = trained(common)
     for flags in [*(f"{common} {flags}" for flags in changes), *alone]:

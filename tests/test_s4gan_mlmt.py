@@ -2,13 +2,15 @@
 by hand; both branches step by step in plain PyTorch; what its runs leave behind."""
 import copy
 import math
+import shutil
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import column, last, run_here, same_state
+from conftest import column, last, run_here, same_run, same_state
 from PIL import Image
 from torch import nn
 
@@ -291,18 +293,17 @@ def test_augment_scales_in_tenths_crops_and_pads():
 def test_two_views():
     cfg = config("--mlmt-size 32 --mlmt-blur 0.5 1")
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
-    mask = np.full((40, 50), 255, np.uint8)
-    mask[2, 2] = 2  # a single pixel, which resizing would lose
+    tags = np.array([False, False, True, False])
     small, _ = T.resize(torch.from_numpy(image).permute(2, 0, 1), None, (32, 32))
     plain = T.normalise(small)
     seen = set()
     for k in range(12):
-        views, z = s4.TwoViews(cfg, C, strong=False)(image, mask, np.random.default_rng(k))
+        views, z = s4.TwoViews(cfg, strong=False)(image, tags, np.random.default_rng(k))
         assert z.tolist() == [0, 0, 1, 0]
         assert all(torch.equal(view, plain) or torch.equal(view, plain.flip(2)) for view in views)
         seen.add(tuple(torch.equal(view, plain) for view in views))
     assert len(seen) == 4  # the flips are independent
-    views, z = s4.TwoViews(cfg, C, strong=True)(image, None, np.random.default_rng(0))
+    views, z = s4.TwoViews(cfg, strong=True)(image, None, np.random.default_rng(0))
     rng = np.random.default_rng(0)
     student, _ = T.random_flip(T.normalise(T.colour_jitter(small, rng)), None, rng)
     assert torch.equal(views[1], T.random_flip(plain, None, rng)[0]) and z is None
@@ -438,40 +439,65 @@ def test_steps_of_branch_a_are_those_of_the_paper(base, tmp_path, flags):
         assert same_state(state["discriminator"], start_d) and not (tmp_path / "mlmt").exists()
 
 
+def with_tags(arguments, folder):
+    """Flags of a run whose unlabelled images have tags instead of masks, and {key: names} of the file. One of
+    them has a mask that cannot be read, and one labelled image has other tags than its mask."""
+    root = fixtures.make_folder(folder / "data")
+    data = open_dataset("folder", root)
+    (labelled, *_), (masked, *others) = choose_labelled(data, "5", "", 0)
+    Path(data.train.masks[masked]).write_text("no mask")
+    lines = {data.train.keys[labelled]: ("sky",), data.train.keys[masked]: ("car", "tall tree")}
+    lines |= {data.train.keys[i]: ("car",) for i in others}
+    fixtures.save_lines(folder / "tags.txt", [", ".join([key, *names]) for key, names in lines.items()])
+    return arguments.replace("TAGS", str(folder / "tags.txt")) + f" --root {root}", lines
+
+
 @pytest.mark.parametrize("flags", ["", "--cons cosine --cons-on unlabelled --ema 0.6",
-                                   "--weak --lambda-cons 3", "--supervised --mlmt-weight-decay 0.1"])
+                                   "--weak --lambda-cons 3", "--weak --tags TAGS --mlmt-batch 3",
+                                   "--supervised --mlmt-weight-decay 0.1"])
 def test_steps_of_branch_b_are_those_of_the_paper(base, tmp_path, flags):
     """Eq. 6: three epochs of student and teacher in plain torch."""
     semi = "" if "--supervised" in flags else "--mlmt-batch-u 2"
     arguments = f"{base} --branch mlmt {G} {semi} {flags} --mlmt-epochs 3 --mlmt-lr 0.004"
+    lines = {}
+    if "--tags" in flags:
+        arguments, lines = with_tags(arguments, tmp_path)
+    elif "--weak" in flags:
+        arguments += f" --root {fixtures.make_folder(tmp_path / 'data')}"
+        shutil.rmtree(tmp_path / "data/unlabeled")  # whose images have no mask
     go(f"{arguments} --out {tmp_path}")
     cfg = config(arguments)
     data = open_dataset(cfg.data, cfg.root)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     if cfg.weak:
-        unlabelled = list(range(len(data.train)))
-        labelled = [i for i in unlabelled if data.train.has_mask(i)]
+        labelled = unlabelled = list(range(len(data.train)))
+
+    def z_of(i):
+        if data.train.keys[i] in lines:
+            return np.array([c == 0 or data.classes[c] in lines[data.train.keys[i]] for c in range(C)])
+        return np.array([(data.train.mask(i) == c).any() for c in range(C)])
+    split = types.SimpleNamespace(image=data.train.image, mask=z_of)
     torch.manual_seed(mix(cfg.seed, "init", "mlmt"))
     student = s4.Classifier(cfg, C).train()
     teacher = copy.deepcopy(student)
     start = copy.deepcopy(student.state_dict())
-    stream_l = Stream(data.train, labelled, s4.TwoViews(cfg, C, False), cfg.seed, "mlmt labelled", True)
-    stream_u = Stream(data.train, unlabelled, s4.TwoViews(cfg, C, True), cfg.seed, "mlmt unlabelled", False)
+    stream_l = Stream(split, labelled, s4.TwoViews(cfg, False), cfg.seed, "mlmt labelled", True)
+    stream_u = Stream(split, unlabelled, s4.TwoViews(cfg, True), cfg.seed, "mlmt unlabelled", False)
     optimizer = torch.optim.SGD(student.parameters(), 1, 0.9, nesterov=True,
                                 weight_decay=cfg.mlmt_weight_decay)
-    assert math.ceil(len(labelled) / 2) == 3
+    assert math.ceil(len(labelled) / cfg.mlmt_batch) == 3
     rows = []
     for step in range(9):
         epoch = step // 3
         lr = 1e-4 + (0.004 - 1e-4) * (1 + math.cos(math.pi * epoch / 3)) / 2
         optimizer.param_groups[0]["lr"] = lr
-        (x_l, x_l2), z = batch_of(stream_l, step, 2)
+        (x_l, x_l2), z = batch_of(stream_l, step, cfg.mlmt_batch)
         g = student(x_l)
         loss = F.binary_cross_entropy(g.sigmoid(), z.float())
         rows.append(dict(loss_cce=loss, lr=lr))
         if semi:
             x_u, x_u2 = batch_of(stream_u, step, 2)
-            first = 2 if cfg.cons_on == "unlabelled" else 0
+            first = cfg.mlmt_batch if cfg.cons_on == "unlabelled" else 0
             g = torch.cat([g, student(x_u)])[first:]
             h = torch.cat([teacher(x_l2), teacher(x_u2)])[first:].detach()
             cons = ((g.sigmoid() - h.sigmoid()) ** 2).mean()
@@ -520,6 +546,37 @@ def test_evaluate_and_predict_repeat_the_run(whole, root, tmp_path, capsys):
     assert not any(mask.any() for mask in masks)  # every class but the background is removed
 
 
+def test_a_run_with_tags_ends_the_same_after_a_kill(base, tmp_path, monkeypatch):
+    arguments, _ = with_tags(f"{base} {BOTH} --steps 2 --weak --tags TAGS --save-every 1", tmp_path)
+    go(f"{arguments} --out {tmp_path / 'whole'}")
+    save = checkpoint.save
+
+    def save_and_die(path, state):
+        save(path, state)
+        if path.parent.name == "mlmt" and state["step"] == 3:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(checkpoint, "save", save_and_die)
+        go(f"{arguments} --out {tmp_path / 'torn'}")
+    shutil.copy(tmp_path / "tags.txt", tmp_path / "other.txt")
+    with pytest.raises(UserError, match="--tags was .*tags.txt, now .*other.txt"):
+        go(f"{arguments} --tags {tmp_path / 'other.txt'} --out {tmp_path / 'torn'}")
+    go(f"{arguments} --out {tmp_path / 'torn'}")
+    same_run(tmp_path / "whole", tmp_path / "torn")
+    assert column(tmp_path / "whole", "miou_fused")
+
+
+@pytest.mark.parametrize("flags, said", [
+    ("--weak", "--weak: 3 of 9 training images have no tags .*expected a mask of each, or --tags FILE"),
+    ("--weak --tags nowhere.txt", "nowhere.txt: cannot be read"),
+    ("--tags tags.txt", "--tags has no effect without --weak"),
+    ("--branch s4gan --weak --tags tags.txt", "--weak has no effect with --branch s4gan")])
+def test_missing_tags_are_told_before_branch_a(base, tmp_path, flags, said):
+    with pytest.raises(UserError, match=said):
+        go(f"{base} {S} {flags} --out {tmp_path / 'run'}")
+    assert not (tmp_path / "run").exists()
+
+
 def test_branches_one_after_the_other_in_one_folder(whole, base, tmp_path, monkeypatch):
     """Each loads its weights once, and the settings of branch B may change until it has begun."""
     loaded = []
@@ -542,6 +599,8 @@ def test_branches_one_after_the_other_in_one_folder(whole, base, tmp_path, monke
     ("--classifier {b}", "works with --evaluate or --predict")])
 def test_networks_that_do_not_fit_are_refused(whole, tmp_path, flags, said):
     paths = dict(a=whole / "last.pt", b=whole / "mlmt/last.pt", other=tmp_path / "other.pt")
-    checkpoint.save(paths["other"], checkpoint.load(paths["b"]) | dict(classes=["x"] * C))
+    other = checkpoint.load(paths["b"])
+    other["domains"][0]["classes"] = ["x"] * C
+    checkpoint.save(paths["other"], other)
     with pytest.raises(UserError, match=said):
         go(flags.format(**paths))

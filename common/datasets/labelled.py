@@ -73,7 +73,7 @@ def read_list(path, data):
         separator = r"[\t,]" if re.search(r"[\t,]", line) else r"\s"
         columns = [line] if line in own else re.split(separator, line.replace("\\", "/"))
         columns = [column.strip() for column in columns if column.strip()]
-        key = _find_key(columns[0], data.key_pattern, known)
+        key = find_key(columns[0], data.key_pattern, known)
         keys.append(key)
         if key is None:
             strange.append(f"line {number}: {line}")
@@ -104,10 +104,10 @@ def _is_its_mask(path, key, own, pattern):
     if os.path.isabs(path) and os.path.exists(path):  # else it is a path of another machine
         return os.path.realpath(path) == os.path.realpath(mask)
     same_name = pattern and os.path.basename(path) == os.path.basename(mask)
-    return same_name or _find_key(path, pattern, own) == key
+    return same_name or find_key(path, pattern, own) == key
 
 
-def _find_key(path, pattern, known):
+def find_key(path, pattern, known):
     """The known key that a path means, or None: what has the pattern, else its longest tail."""
     if pattern:
         found = ["/".join(match.groups()) or match[0] for match in re.finditer(pattern, path)]

@@ -123,11 +123,15 @@ def find_files(folder, endings, with_folders=False):
     """{name without its ending: path} of the files at any depth below a folder, if it exists.
 
     with_folders: names are paths below the folder. What archives and file browsers leave there is
-    passed over: names with a leading dot, and __MACOSX.
+    passed over: names with a leading dot, and __MACOSX. Raises UserError for a folder that cannot
+    be read, which os.walk would take for an empty one.
     """
+    def refuse(error):
+        if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            raise UserError(f"{error.filename}: this folder cannot be read ({error.strerror})")
     found = {}
     endings = tuple(end.lower() for end in endings)
-    for here, folders, names in os.walk(folder, followlinks=True):
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         names += folders  # a folder b.png stands for a file, and is reported when it is read
         folders[:] = [name for name in folders if not name.lower().endswith(endings)
                       and not name.startswith((".", "__MACOSX"))]

@@ -1,0 +1,84 @@
+"""Pseudo-masks: what networks took training images for, as palette PNGs in a folder."""
+import datetime
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from common.miou import ConfusionMatrix
+from common.settings import UserError
+from common.transforms import IGNORE
+
+
+def mask_path(folder, split, i):
+    return Path(folder) / f"{split.keys[i]}.png"
+
+
+def read_mask(path, shape, num_classes):
+    """A pseudo-mask, uint8 [H, W]. UserError if it is not there, not of this shape or classes."""
+    try:
+        mask = np.array(Image.open(path))
+    except (OSError, SyntaxError) as error:  # Pillow's errors for missing and damaged files
+        raise UserError(f"{path}: expected a pseudo-mask that can be read ({error})") from error
+    fits = mask.shape == shape and mask.dtype == np.uint8
+    if not fits or ((mask >= num_classes) & (mask != IGNORE)).any():
+        raise UserError(f"{path}: expected 8-bit ids 0..{num_classes - 1} of (height, width) = "
+                        f"{tuple(shape)}, found {mask.dtype} {mask.shape} up to {mask.max()}")
+    return torch.from_numpy(mask)
+
+
+class PseudoLabelled:
+    """Training images with the pseudo-masks of a folder in place of their masks, for Stream."""
+
+    def __init__(self, data, folder):
+        self.split = data.train
+        self.num_classes = len(data.classes)
+        self.folder = Path(folder)
+
+    def path(self, i):
+        return mask_path(self.folder, self.split, i)
+
+    def image(self, i):
+        """uint8 [H, W, 3]"""
+        return self.split.image(i)
+
+    def mask(self, i):
+        """uint8 [H, W]: 0..C-1 and 255"""
+        return read_mask(self.path(i), self.image(i).shape[:2], self.num_classes).numpy()
+
+    def write(self, make, indices, workers, ctx):
+        """Call make(i), which writes path(i), for all images that lack theirs: shared out over the
+        processes, and in each over so many threads, which share its device."""
+        missing = [i for i in indices[ctx.rank::ctx.world] if not self.path(i).exists()]
+        for parent in {self.path(i).parent for i in missing}:
+            parent.mkdir(parents=True, exist_ok=True)
+        begin = time.perf_counter()
+        chunk = 10 * max(1, workers)
+        with ThreadPoolExecutor(max(1, workers)) as pool:
+            for done in range(0, len(missing), chunk):
+                list(pool.map(make, missing[done:done + chunk]))  # raises what went wrong
+                left = len(missing) - min(done + chunk, len(missing))
+                seconds = round((time.perf_counter() - begin) / (len(missing) - left) * left)
+                if done // chunk % 10 == 0 or not left:
+                    ctx.say(f"pseudo-labels: {len(missing) - left} of {len(missing)} written, "
+                            f"ETA {datetime.timedelta(seconds=seconds)}")
+        ctx.barrier()
+
+    def compare(self, indices, ctx):
+        """With the masks of those images that have one. -> (ConfusionMatrix over the pixels that
+        have a pseudo-label, their share, rows of a panel: image, mask, pseudo-label)"""
+        indices = [i for i in indices if self.split.has_mask(i)]
+        confusion = ConfusionMatrix(self.num_classes, ctx.device)
+        share = torch.zeros((), device=ctx.device)
+        for i in indices[ctx.rank::ctx.world]:
+            label = torch.from_numpy(self.mask(i)).to(ctx.device)
+            truth = torch.from_numpy(self.split.mask(i)).to(ctx.device)
+            confusion.update(label, truth.masked_fill(label == IGNORE, IGNORE))
+            share += (label != IGNORE).float().mean() / len(indices)
+        confusion.reduce()
+        shown = indices[::1 + len(indices) // 6]
+        rows = [(self.image(i), self.split.mask(i), self.mask(i)) for i in shown]
+        return confusion, ctx.sum(share).item(), rows

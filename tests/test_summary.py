@@ -1,0 +1,169 @@
+"""The table and the picture of run folders: numbers worked out by hand from logs written here, and real tiny runs."""
+import importlib
+import json
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS, run_here
+from PIL import Image, ImageColor
+
+from common import summary
+from common.command_line import run
+from common.settings import to_save
+
+TITLES = "step,loss_s,gpu_gb,seconds,miou,best\n"
+
+
+def write(folder, script="cct", miou=0.5, log=None, step=10, steps=10, domains=("voc",), **settings):
+    """The folder of a run of 1.5 hours, whose last checkpoint is of `step`"""
+    config = to_save(importlib.import_module(script).Config(**dict(data="voc", precision="fp32") | settings))
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    state = dict(script=script, step=step, steps=steps, config=config, domains=[dict(name=name) for name in domains])
+    torch.save(state, folder / "last.pt")
+    rows = f"4,1.5,2.5,3600,,\n4,,,900,0.6,0.6\n10,1.2,3.25,600,,\n10,,,300,{miou:.6g},0.6\n"
+    (folder / "log.csv").write_text(TITLES + rows if log is None else log)
+    return folder
+
+
+def printed(capsys, *arguments):
+    assert not run(lambda: summary.main([*map(str, arguments)]))
+    return capsys.readouterr().out.splitlines()
+
+
+def test_mean_and_standard_deviation_of_a_sample_as_markdown(tmp_path, capsys):
+    folders = [write(tmp_path / f"{k}-{seed}", miou=miou, seed=seed, k=k, workers=seed, root=f"there/{seed}")
+               for k, seed, miou in ((6, 0, 0.7), (2, 0, 0.51), (2, 1, 0.53), (2, 7, 0.58))]
+    assert printed(capsys, *folders, folders[0], "--markdown") == [  # a folder given twice counts once
+        "| k | mIoU | best | seeds | steps | hours | GPU GB |",
+        "|--|--|--|--|--|--|--|",  # mean 54, squares of -3, -1, 4 over 2: 13
+        "| 2 | 54.0 +- 3.6 | 60.0 +- 0.0 | 3 | 10 | 1.5 | 3.25 |",
+        "| 6 | 70.0 | 60.0 | 1 | 10 | 1.5 | 3.25 |"]
+
+
+def test_columns_are_the_settings_that_differ_and_old_folders_may_lack_some(tmp_path, capsys):
+    same = write(tmp_path / "a", size=(8, 16))
+    write(tmp_path / "b", supervised=True, labeled="1/8", log=TITLES + "10,1,,20,,\n10,,,10,0.25,0.5\n")
+    write(tmp_path / "c", "c3_semiseg", lr=0.5)  # lr, dcrs, .. differ between scripts only
+    old = json.loads((same / "config.json").read_text())
+    del old["vat_xi"]
+    (write(tmp_path / "d", size=(8, 16)) / "config.json").write_text(json.dumps(old | dict(seed=3)))
+    lines = [line.split("  ") for line in printed(capsys, *sorted(tmp_path.iterdir()))]
+    cells = [[cell.strip() for cell in line if cell] for line in lines]
+    assert cells == [
+        ["script", "labeled", "supervised", "size", "vat_xi", "mIoU", "best", "seeds", "steps", "hours", "GPU GB"],
+        ["c3_semiseg", "all", "off", "-", "-", "50.0", "60.0", "1", "10", "1.5", "3.25"],
+        ["cct", "1/8", "on", "-", "0.1", "25.0", "50.0", "1", "10", "<0.01", "-"],  # 30 s, on a CPU
+        ["cct", "all", "off", "8x16", "0.1", "50.0", "60.0", "1", "10", "1.5", "3.25"],
+        ["cct", "all", "off", "8x16", "-", "50.0", "60.0", "1", "10", "1.5", "3.25"]]
+
+
+def test_unfinished_runs_are_listed_and_do_not_count(tmp_path, capsys):
+    write(tmp_path / "a")
+    write(tmp_path / "b", seed=1, step=7, log=TITLES + "7,1,,1,,\n7,,,1,0.6,0.6\n8,1,,2,,\n1")  # being written
+    write(tmp_path / "c", seed=2, log=TITLES + "10,1,,20,,\n")  # without its last score
+    (write(tmp_path / "d", seed=3) / "last.pt").unlink()
+    assert printed(capsys, *sorted(tmp_path.iterdir()))[1:] == [
+        "50.0  60.0  1      10     1.5    3.25",
+        *(f"{tmp_path}/{run}" for run in ("b: unfinished, step 7/10", "c: unfinished, step 10/10",
+                                          "d: unfinished, step 0/?"))]
+
+
+def test_stages_branches_domains(tmp_path, capsys):
+    """Each with a log and checkpoints of its own"""
+    log = "step,seconds,miou,best\n4,1800,0.3,0.3\n14,1800,0.2,0.41\n"
+    stages = write(tmp_path / "a", "three_stage", log=log, stages=2, step=14, steps=14)
+    more = write(tmp_path / "b", "three_stage", log=log, stages=2, step=14, steps=14)  # and now --stages 3
+    config = json.loads((more / "config.json").read_text())
+    (more / "config.json").write_text(json.dumps(config | dict(stages=3)))
+    third = write(tmp_path / "c", "three_stage", log=log, stages=3, step=14, steps=14)
+    write(third / "stage3", "three_stage", stages=3, step=18, steps=24)
+    log = "step,seconds,miou,best,miou_fused\n10,3600,0.5,0.5,\n"
+    fused = write(tmp_path / "d", "s4gan_mlmt", log=log + "10,3600,,,0.55\n")
+    begun = write(tmp_path / "e", "s4gan_mlmt", log=log)
+    alone = write(tmp_path / "f", "s4gan_mlmt", log="", branch="mlmt")
+    for folder in fused, begun, alone:
+        write(folder / "mlmt", "s4gan_mlmt", log="step,seconds,auc_macro,best\n8,1800,0.75,0.8\n", step=8, steps=8)
+    write(tmp_path / "g", domains=("voc", "camvid"), data="voc+camvid",
+          log="step,miou,miou_voc,miou_camvid,best\n10,0.5,0.6,0.4,0.5\n")
+    lines = printed(capsys, *sorted(tmp_path.iterdir()), "--markdown")
+    assert lines[0] == ("| script | data | branch | camvid | voc | mIoU | fused | AUC | best "
+                        "| seeds | steps | hours | GPU GB |")
+    assert lines[2:] == [
+        "| cct | voc+camvid | - | 40.0 | 60.0 | 50.0 | - | - | 50.0 | 1 | 10 | <0.01 | - |",
+        "| s4gan_mlmt | voc | both | - | - | 50.0 | 55.0 | 75.0 | 50.0 | 1 | 10 | 2.5 | - |",
+        "| s4gan_mlmt | voc | mlmt | - | - | - | - | 75.0 | 80.0 | 1 | 8 | 0.5 | - |",
+        "| three_stage | voc | - | - | - | 20.0 | - | - | 41.0 | 1 | 14 | 1 | - |",
+        f"{more}: unfinished, step 14/14", f"{third}: unfinished, step 18/24", f"{begun}: unfinished, step 10/10, 8/8"]
+    assert summary.read_run(stages).settings["stages"] == "2"
+
+
+def test_a_picture_has_a_line_for_each_combination_of_the_other_settings(tmp_path, capsys, monkeypatch):
+    for seed in (0, 1):
+        for labeled in ("1/8", "1/20", "all"):
+            for supervised in (False, True):
+                miou = 0.3 + 0.1 * supervised + 0.02 * seed + 0.05 * (labeled == "all")
+                write(tmp_path / f"{labeled[-1]}{supervised}{seed}", labeled=labeled, supervised=supervised,
+                      seed=seed, miou=miou)
+    seen = []
+    draw = summary.line_plot
+    monkeypatch.setattr(summary, "line_plot", lambda *values: (seen.append(values), draw(*values)))
+    path = tmp_path / "plot.png"
+    assert printed(capsys, *tmp_path.iterdir(), "--plot", "labeled", "--out", path)[-1] == f"wrote {path}"
+    [([(title, lines)], _, x_label, ticks)] = seen
+    assert "mIoU in %" in title and x_label == "labelled images" and ticks == {1: "1/20", 2: "1/8", 3: "all"}
+    assert list(lines) == ["semi-supervised", "supervised"]
+    assert np.allclose(lines["supervised"], [(1, 41, 2 ** 0.5), (2, 41, 2 ** 0.5), (3, 46, 2 ** 0.5)])
+    colours = np.array(Image.open(path))[:, :800]
+    for i in (0, 1):  # a bar is straight above and below its point, at a third of the axis
+        found = (colours == ImageColor.getrgb(("royalblue", "orangered")[i])).all(2)
+        assert found[:, 320 + 4 * i - 2].sum() > 20 and found[:, 320 + 4 * i - 4].sum() < 10
+    for k in (4, 12):
+        write(tmp_path / f"k{k}", k=k, miou=k / 20)
+    printed(capsys, *tmp_path.glob("k*"), "--plot", "k", "--out", path)
+    assert seen[1][0][0][1] == {"cct": [(4, 20, 0), (12, 60, 0)]}
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["nothing-*"], "nothing-\\* is no run folder: expected config.json"), ([], "the following arguments are required"),
+    (["a", "--out", "x.png"], "--out has no effect without --plot"), (["a/log.csv"], "log.csv is no run folder"),
+    (["a", "b", "--plot", "colour"], "--plot colour: expected a setting that differs .*those that differ: k$"),
+    (["a", "b", "--plot", "distance"], "differ: k$"), (["a", "--plot", "k"], "differ: none$"),
+    (["lines"], "lines/log.csv: expected .*lines of equal length"), (["binary"], "binary/log.csv: expected a step"),
+    (["words"], "words has a file that is damaged"), (["settings"], "settings has a file that is damaged"),
+    (["list"], "list has a file that is damaged"), (["empty"], "empty has a file that is damaged, or of another"),
+    (["half"], "half/last.pt is not a checkpoint"), (["older"], "older has a file that is .*of another version .*'steps'")])
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, said):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a", k=1)
+    write(tmp_path / "b", k=2)
+    for name, log in dict(lines="1,2\n", words="1,a,,,,\n", binary="").items():
+        write(tmp_path / name, log=TITLES + log)
+    (tmp_path / "binary/log.csv").write_bytes(b"step\n\xff\n")
+    for name, config in dict(settings="{", list="[]", empty="{}").items():
+        (write(tmp_path / name) / "config.json").write_text(config)
+    (write(tmp_path / "half") / "last.pt").write_bytes(b"half")
+    torch.save(dict(script="cct", step=10), write(tmp_path / "older") / "last.pt")
+    try:
+        status = run(lambda: summary.main(arguments))
+    except SystemExit as end:  # argparse's own
+        status = end.code
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert status == 2 and re.search(said, errors[-1]) and (len(errors) == 1 or not arguments)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_real_runs(tiny, tmp_path, capsys, script):
+    start = time.perf_counter()
+    run_here(script, *tiny[script], "--out", tmp_path / "run")
+    took = time.perf_counter() - start
+    final = capsys.readouterr().out.split("final: mIoU ")[1].split()
+    one = summary.read_run(tmp_path / "run")
+    assert one.settings["script"] == script and one.running == "" and one.gpu_gb == 0
+    assert f"{100 * one.scores['fused' if script == 's4gan_mlmt' else 'mIoU']:.1f}" == final[0]
+    assert 0.5 * took < 3600 * one.hours < took
+    [titles, row] = printed(capsys, tmp_path / "run")
+    assert final[0] in row and titles.split()[-6:] == ["best", "seeds", "steps", "hours", "GPU", "GB"]
