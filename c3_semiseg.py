@@ -15,7 +15,7 @@ Map (paper -> this file)
   Eq. 7 L_total                 train                   Sec. 3.1 teacher, alpha update_teacher
   Table 3 --lambda-1, --contrast; 4 --contrast, --sampling; 5 --student-aug; 6 --mix; 7 --dcrs
 
-Deviations: what the paper says, what the authors' code does, what is done here and why
+Deviations: what the paper says, what the authors' code does (--released), and we do, and why
   D1  The paper's ASPP has four rates. The code returns after its first sum, so that only 6 and 12
       work; here too, as its numbers belong to them: --aspp-rates 6,12,18,24.
   D2  Eq. 2 sums over the classes. The code takes the mean, to which lambda_1 = 50 belongs, and so
@@ -46,6 +46,7 @@ Commands
   python c3_semiseg.py --data cityscapes --labeled 100        the paper's Table 1
   torchrun --nproc_per_node=4 c3_semiseg.py --data cityscapes  the same on 4 GPUs, 4 + 4 images
   python c3_semiseg.py --evaluate runs/.../last.pt            score a checkpoint
+  python c3_semiseg.py --evaluate best_model.pth --data cityscapes   of the authors' code
   python c3_semiseg.py --predict runs/.../last.pt --images photos/   palette PNGs
 """
 import sys
@@ -149,6 +150,13 @@ PRESETS = {
 PRESETS["voc"] = PRESETS["folder"] | dict(labeled="1464", steps=25000, batch=16, groups=4)
 PRESETS |= dict.fromkeys(("pcontext", "pcontext59", "sunrgbd", "sunrgbd13"),  # not in the paper
                          PRESETS["folder"] | dict(labeled="1/8"))
+
+
+RELEASED_SETTINGS = {  # D1, D2, D5
+    "all": dict(aspp_rates=(6, 12), divide_by_classes=True, lambda_1=50.0, skip_classes=(0,))}
+RELEASED = (dict(names={  # files of the authors' code: student, or teacher
+    r"decoder\.conv2d_list\.([01])": r"head.branches.\1", "decoder": None, "body": "body"},  # D1
+    classes="head.branches.0.weight"),)
 
 
 def settle(cfg, given):
@@ -337,62 +345,62 @@ def class_thresholds(confidence, classes, old, s, beta):
     return torch.where(n > 0, beta * old + (1 - beta) * delta, old)
 
 
-def sample(f, keys, classes, logits, u, views=20, hard=True):
+def sample(f, keys, classes, logits, u, views=20, hard=True, groups=1):
     """Sec. 3.3, 4.1: in every image `views` distinct cells of each class that has more of them.
 
     Half of them are hard (predicted as another class), half easy; if one kind is short, the other
     fills up. hard=False: all at random. f, keys [B, D, h, w]; classes [B, H, W], 255: none; logits
-    [B, C, H, W]; u [B, h w] ~ U[0, 1) -> their (f, keys [B, C V, D], valid bool [B, C V])
+    [B, C, H, W]; u [B, h w] ~ U[0, 1); groups: equal parts of the batch -> their (f, keys [groups,
+    n, D], classes, valid bool [groups, n]), the valid ones first
     """
     size = f.shape[2:]
+    num_classes = logits.shape[1]
     classes = F.interpolate(classes[:, None].float(), size, mode="nearest").long().flatten(1)
     logits = F.interpolate(logits.detach(), size, mode="bilinear", align_corners=False)
     easy = (classes == logits.argmax(1).flatten(1)) | (not hard)  # [B, h w]
-    none = 2 * logits.shape[1]
+    none = 2 * num_classes
     kind = torch.where(classes == 255, none, 2 * classes + easy)  # 2c hard, 2c + 1 easy
     order = (kind + u.double()).argsort(1)  # by kind, and at random within it
     count = torch.zeros(len(u), none + 1, dtype=torch.long, device=u.device)
     count.scatter_add_(1, kind, torch.ones_like(kind))
     start = count.cumsum(1) - count  # where a kind begins in `order`
-    n_hard = count[:, 0:-1:2, None]  # [B, C, 1]
-    n_easy = count[:, 1::2, None]
+    count, start = (x[:, :none].reshape(-1, 2) for x in (count, start))  # [B C, hard and easy]
+    large = (count.sum(1) > views).view(groups, -1)  # [groups, B C / groups]
+    most = len(u) // groups * min(num_classes, order.shape[1] // (views + 1))  # a group can have
+    if not u.is_cuda:  # the host would wait for a GPU
+        most = int(large.sum(1).max())
+    large, pair = large.byte().sort(dim=1, descending=True, stable=True)
+    large, pair = large[:, :most].bool(), pair[:, :most]  # [groups, T]
+    pair = pair + torch.arange(0, len(count), len(count) // groups, device=u.device)[:, None]
+    n_hard, n_easy = count[pair].split(1, 2)  # [groups, T, 1]
+    at_hard, at_easy = start[pair].split(1, 2)
     half = views // 2
     take = torch.where(n_easy >= views - half, n_hard.clamp(max=half), views - n_easy)  # hard ones
     slot = torch.arange(views, device=u.device)
-    at_hard = start[:, 0:-1:2, None] + slot  # [B, C, V]
-    at_easy = start[:, 1::2, None] + slot - take
-    at = torch.where(slot < take, at_hard, at_easy).clamp(0, order.shape[1] - 1)
-    cells = order.gather(1, at.flatten(1))[:, None].expand(-1, f.shape[1], -1)  # [B, D, C V]
-    f = f.flatten(2).gather(2, cells).transpose(1, 2)
-    keys = keys.flatten(2).gather(2, cells).transpose(1, 2)
-    return f, keys, (n_hard + n_easy > views).expand(at.shape).flatten(1)
+    at = torch.where(slot < take, at_hard + slot, at_easy + slot - take)  # [groups, T, V]
+    image = (pair // num_classes)[..., None]
+    cells = order[image, at.clamp(0, order.shape[1] - 1)]
+    f, keys = (x.flatten(2).transpose(1, 2)[image, cells].flatten(1, 2) for x in (f, keys))
+    classes, valid = (x.repeat_interleave(views, 1) for x in (pair % num_classes, large))
+    return f, keys, classes, valid
 
 
-def contrastive(f, keys, classes, valid, tau=0.15, rows=512):
+def contrastive(f, keys, classes, valid, tau=0.15):
     """Eq. 5: mean over anchors i of 1/|P_i| sum_{j in P_i} -log[e^{s_ij} / (e^{s_ij} + n_i)]
 
     s_ij = <f_i, k_j> / tau; P_i: the keys of i's class but its own; n_i = sum of e^{s_ik} over the
     keys of other classes; a term is softplus(log n_i - s_ij). 0 with a graph if no row is valid.
-    f, keys [n, D], normalised here; classes [n]; valid bool [n] -> scalar. Blocks of `rows` anchors
-    are computed again in the backward pass: 200 MB for n = 12,160 instead of several GB.
+    f, keys [groups, n, D], normalised here; classes, valid bool [groups, n] -> mean over groups
     """
-    f = F.normalize(f.float(), dim=1)
-    keys = F.normalize(keys.float(), dim=1)
-
-    def block(f_i, keys, start):
-        s = f_i @ keys.T / tau  # [rows, n]
-        anchors = torch.arange(start, start + len(f_i), device=f.device)
-        same = classes[anchors, None] == classes
-        own = anchors[:, None] == torch.arange(len(keys), device=f.device)
-        negatives = s.masked_fill(same | ~valid, -1e9).logsumexp(1, keepdim=True)
-        positive = same & valid & ~own
-        loss = (F.softplus(negatives - s) * positive).sum(1) / positive.sum(1).clamp(min=1)
-        return (loss * valid[anchors]).sum()
-
-    total = sum(torch.utils.checkpoint.checkpoint(block, f[start:start + rows], keys, start,
-                                                  use_reentrant=False, preserve_rng_state=False)
-                for start in range(0, len(f), rows))
-    return total / valid.sum().clamp(min=1)
+    f = F.normalize(f.float(), dim=2) / tau
+    keys = F.normalize(keys.float(), dim=2)
+    s = f @ keys.transpose(1, 2)  # [groups, n, n]
+    same = classes[:, :, None] == classes[:, None]
+    negatives = s.masked_fill(same | ~valid[:, None], -1e9).logsumexp(2, keepdim=True)
+    own = torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
+    positive = same & valid[:, None] & ~own
+    loss = (F.softplus(negatives - s) * positive).sum(2) / positive.sum(2).clamp(min=1)
+    return ((loss * valid).sum(1) / valid.sum(1).clamp(min=1)).mean()
 
 
 def burn_in_end(cfg):
@@ -614,33 +622,31 @@ def contrast(kinds, step, groups, cfg, ctx):
     classes [B, H, W], 255: not to be used, the student's logits [B, C, H, W])}
     """
     chosen = [kinds[name] for name in kinds if cfg.contrast in ("both", name)]
-    num_classes = kinds["labelled"][3].shape[1]
     if not chosen or (len(kinds) == 1 and not cfg.contrast_burn_in):
         return 0 * kinds["labelled"][0].float().sum()  # processes wait for PROJ's gradient
     rng = ctx.random(cfg.seed, "views", step)
-    samples = [sample(f, keys, classes, logits, rng.uniform(len(f), f[0, 0].numel()), cfg.views,
-                      cfg.sampling == "hard") for f, keys, classes, logits in chosen]
-    # a group's labelled rows, then its unlabelled ones: f, keys [groups, n, D], valid [groups, n]
-    f, keys, valid = (torch.cat([part.reshape(groups, -1, *part.shape[2:]) for part in parts], 1)
-                      for parts in zip(*samples))
-    classes = torch.arange(valid.shape[1], device=valid.device) // cfg.views % num_classes
-    for c in cfg.skip_classes:
-        valid = valid & (classes != c)
-    losses = [contrastive(f[g], keys[g], classes, valid[g], cfg.tau) for g in range(groups)]
-    return sum(losses) / groups * cfg.contrast_scale
+    samples = []
+    for f, keys, classes, logits in chosen:
+        for c in cfg.skip_classes:
+            classes = classes.masked_fill(classes == c, T.IGNORE)
+        u = rng.uniform(len(f), f[0, 0].numel())
+        hard = cfg.sampling == "hard"
+        samples.append(sample(f, keys, classes, logits, u, cfg.views, hard, groups))
+    rows = (torch.cat(parts, 1) for parts in zip(*samples))  # a group's labelled, unlabelled ones
+    return contrastive(*rows, cfg.tau) * cfg.contrast_scale
 
 
 # ---------------------------------------------------------------------- command line
 
 def main(argv=None):
-    cfg, given = parse(Config, PRESETS, argv, __doc__)
+    cfg, given = parse(Config, PRESETS, argv, __doc__, RELEASED_SETTINGS)
     if not cfg.evaluate and not cfg.predict:
         settle(cfg, given)
         train(cfg)
         return
     ctx = Runtime(cfg.device, cfg.precision)
     path = cfg.evaluate or cfg.predict
-    cfg, state = open_checkpoint("c3_semiseg", path, Config, given, ctx.device)
+    cfg, state = open_checkpoint("c3_semiseg", path, cfg, given, ctx, RELEASED, RELEASED_SETTINGS)
     net = load_network(Segmenter(cfg, len(state["classes"])).net, state, path, ctx.device)
     if cfg.evaluate:
         data = open_dataset(cfg.data, cfg.root)

@@ -25,7 +25,7 @@ Map (paper -> this file)
   Eq. 17 eta(t)              eta                   App. F multi-scale        predict
   App. C Algorithm 1         train                 Table 12                  Config, PRESETS
 
-Deviations: what the paper says, what the authors' code does, what is done here and why
+Deviations: what the paper says, what the authors' code does (--released), and we do, and why
   D1  Eq. 7 to 9 sum over the classes. The code takes their mean, for which lambda_u = 30 was
       chosen, and so do we.
   D2  The code's JS has both divergences reversed and is unbounded; ours is Eq. 9. With --confidence
@@ -54,8 +54,8 @@ Deviations: what the paper says, what the authors' code does, what is done here 
   D12 The crop is 321 in the paper, 320 in the code and here. Other sizes are padded to multiples of
       8 by reflection; L_s leaves padding out, L_u counts it. With --multi-scale each scale is
       padded on its own; the code pads once and squeezes.
-  D13 The authors' ResNet begins with three 3x3 convolutions; ours is torchvision's, for its
-      weights.
+  D13 The authors' ResNet begins with three 3x3 convolutions; ours has the stem that its --weights
+      have: those of torchvision have one of 7x7, torchcv's 3x3resnet50-imagenet.pth three.
   D14 The ICNR head hardly trains from scratch (--weights none). There, its sub-pixel convolutions
       start as the identity, lifted over the ReLUs by a bias, and the backbone has the learning rate
       of the heads. z has 512 channels with ResNet-50, 128 with the ResNet-18 of shapes.
@@ -66,13 +66,14 @@ Deviations: what the paper says, what the authors' code does, what is done here 
   D17 Domains: the paper leaves open the batch, the steps and what a step holds. Here each step is
       one domain's, and an epoch is one of the domain with the most images. The decoders of the
       others stay as they are: no weight decay, no momentum. BN and the ramps are shared.
-  D18 Eq. 11 prints 1 - log g_d for log(1 - g_d). g_d has two channels in Table 8: cross-entropy,
-      over the labelled and the unlabelled images. g_d descends L_adv itself, h gets -lambda_adv
-      times its gradient, from the first step on; leaky ReLUs have the slope 0.2.
+  D18 Eq. 11 prints 1 - log g_d for log(1 - g_d). g_d has two channels in Table 8, so L_adv is a
+      cross-entropy here, over labelled and unlabelled images. g_d descends L_adv itself, h gets
+      -lambda_adv times its gradient, from the first step on; leaky ReLUs have the slope 0.2.
   D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a network of
       its own (give its weak/last.pt to --weights to begin with it). Its layer4 is dilated here.
-      The CRF refines the labels of both thresholds, as in the code; in the paper, those of both.
-      SGD is without momentum, as the code's is by an argument in the wrong place.
+      As in the code, the CRF refines the labels of each threshold, and the results are then
+      combined; in the paper it refines the combined labels. SGD is without momentum, as the
+      code's is, whose argument is in the wrong place.
 
 Commands
   python cct.py                                               first run: shapes, on a CPU in minutes
@@ -82,6 +83,7 @@ Commands
   python cct.py --data cityscapes+camvid --labeled 50         Table 2: two domains
   torchrun --nproc_per_node=2 cct.py --data voc               on 2 GPUs, 5 + 5 images each
   python cct.py --evaluate runs/.../last.pt --multi-scale     score a checkpoint
+  python cct.py --evaluate best_model.pth --data voc          score one of the authors' code
   python cct.py --predict runs/.../last.pt --images photos/   palette PNGs
 """
 import dataclasses
@@ -97,12 +99,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import transforms as T
-from common.backbones import PSP, ResNet, load_weights
+from common.backbones import DEEP_STEM, PSP, ResNet, load_weights, stem_of
 from common.cam import weak_labels
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS
-from common.domains import (ONE_EACH, Domain, mean_miou, saved_domains, say_tables,
+from common.domains import (GIVEN_FOR_EACH, Domain, mean_miou, saved_domains, say_tables,
                             settings_of_domains)
 from common.inference import Examples, predict_folder
 from common.miou import ConfusionMatrix
@@ -110,7 +112,8 @@ from common.random import mix
 from common.regions import find_blobs, random_rectangles
 from common.run_folder import RunFolder
 from common.runtime import Runtime
-from common.schedules import RAMPS, make_teacher, poly, ramp, set_lr, update_ema
+from common.schedules import (RAMPS, make_teacher, momentum_sgd, poly, ramp, set_lr,
+                              update_ema)
 from common.settings import ANY, BaseConfig, UserError, option
 from common.streams import Stream, endless, once
 from common.vat import adversarial
@@ -125,7 +128,8 @@ CCT = SEMI | dict(method="cct")
 
 @dataclass
 class Config(BaseConfig):
-    data: str = option("shapes", f"dataset, or several, a+b (Sec. 3.4), of {', '.join(DATASETS)}",
+    data: str = option("shapes", f"dataset: {', '.join(DATASETS)}; or several, a+b (Sec. 3.4), for "
+                                 f"which --root, --labeled, --split and --tags take a+b, too",
                        group="run", scoring=True)
     format: str = option("palette", "files of --predict: palette PNGs, what a test server takes, "
                          "or maps of the distances between neighbours (Fig. 2, 7)",
@@ -159,7 +163,8 @@ class Config(BaseConfig):
     cutout: float = option(0.4, "G-Cutout: share of each side of the box (Table 12)", within=(0, 1),
                            needs=CCT | dict(perturbations="g_cutout"))
     background: tuple[int, ...] = option((0,), "ids of the classes that are context in Con-Msk, "
-                                               "Obj-Msk and G-Cutout; all others are objects",
+                                               "Obj-Msk and G-Cutout, and in pseudo-labels; all "
+                                               "others are objects",
                                          within=(0, 254), needs=CCT)
     vat_eps: float = option(2.0, "I-VAT, VAT: norm of the perturbation (Eq. 15)", within=(0, 1e6),
                             needs=SEMI | dict(method=("cct", "vat")))
@@ -180,11 +185,13 @@ class Config(BaseConfig):
                            "they are the classes of the masks", needs=CCT | dict(weak=True))
     lambda_w: float = option(0.4, "final weight of L_w (Eq. 5)", within=(0, 1e6),
                              needs=CCT | dict(weak=True))
-    weak_epochs: int = option(5, "epochs of the classifier, all images each, 16 a step",
+    weak_epochs: int = option(5, "the classifier's passes over all training images, 16 a step",
                               within=(1, 10**6), needs=CCT | dict(weak=True))
-    weak_lr: float = option(0.1, "its learning rate; ten times that for its last layer",
+    weak_lr: float = option(0.1, "the classifier's learning rate; its last layer has ten times it",
                             within=(0, 1000), needs=CCT | dict(weak=True))
-    thresholds: tuple[float, float] = option((0.05, 0.3), "theta_bg and theta_fg", within=(0, 1),
+    thresholds: tuple[float, float] = option((0.05, 0.3), "activations below the first are "
+                                             "background, above the second an object (Sec. 3.3)",
+                                             within=(0, 1),
                                              needs=CCT | dict(weak=True))
     crf: bool = option(True, "refine the pseudo-labels by a dense CRF", needs=CCT | dict(weak=True))
 
@@ -199,6 +206,8 @@ class Config(BaseConfig):
     decoder_init: str | None = option(None, "initial weights of the sub-pixel convolutions [icnr; "
                                             "identity with --weights none]",
                                       ("icnr", "identity"), group="network")
+    stem: str | None = option(None, "the ResNet's first convolutions: one of 7x7, or deep, three "
+                                    "of 3x3 (D13) [what --weights have]", ("7x7", "deep"))
     last_relu: bool = option(True, "ReLU after the last sub-pixel convolution, as released")
     supervised_loss: str = option("ce", "L_s: ce (Eq. 1) or ab_ce (Eq. 4)", ("ce", "ab_ce"),
                                   group="optimisation")
@@ -229,13 +238,25 @@ PRESETS = {
     "sunrgbd": dict(labeled="1500", epochs=100, size=(480, 640), eval_size="train"),
 }
 PRESETS["sunrgbd13"] = PRESETS["sunrgbd"]
-PRESETS["cityscapes+camvid"] = PRESETS["cityscapes"] | dict(labeled="50")  # Table 2
+PRESETS["camvid+cityscapes"] = PRESETS["cityscapes"] | dict(labeled="50")  # Table 2
 PRESETS["cityscapes+sunrgbd13"] = PRESETS["cityscapes"] | dict(labeled="1500", epochs=100)
 PRESETS |= dict.fromkeys(("pcontext", "bdd100k"), PRESETS["folder"] | dict(labeled="1/8"))
 PRESETS["pcontext59"] = PRESETS["pcontext"] | dict(background=())  # these are not in the paper
 
 
-OF_DOMAIN = ("size", "long_side", "scale", "crop", "flip", "shift", "eval_size", "background")
+PRESET_OF_EACH = (  # what a domain takes from its own preset
+    "size", "long_side", "scale", "crop", "flip", "shift", "eval_size", "background")
+RELEASED_SETTINGS = {"all": dict(drop_range=(0.7, 0.9), vat_released=True),  # D5, D6
+                     "voc": dict(epochs=80.0)}
+RELEASED = (dict(names={  # files of the authors' code
+    **{rf"encoder\.base\.0\.0\.{theirs}\.": f"encoder.backbone.{ours}."
+       for theirs, ours in DEEP_STEM.items()},
+    r"encoder\.base\.": "encoder.backbone.layer",
+    r"encoder\.psp\.stages": "encoder.psp.branches",
+    r"encoder\.psp\.bottleneck": "encoder.psp.fuse",
+    r"main_decoder\.upsample\.0": "decoders.0.adapt",
+    **{rf"main_decoder\.upsample\.{k + 1}\.conv": f"decoders.0.subpixel.{k}" for k in range(3)},
+    "aux_decoders": None}, classes="decoders.0.adapt.weight", settings=dict(stem="deep")),)
 
 
 def settle(cfg, given):
@@ -245,12 +266,17 @@ def settle(cfg, given):
     scratch = cfg.weights == "none"
     if cfg.decoder_init is None:
         cfg.decoder_init = "identity" if scratch else "icnr"
+    if cfg.stem is None:
+        cfg.stem = stem_of(cfg.weights)
     if cfg.backbone_lr_mult is None:
         cfg.backbone_lr_mult = 1.0 if scratch else 0.1
     cfg.out = cfg.out or run_name("cct", cfg, given)
     if cfg.adversarial and "+" not in cfg.data:
         raise UserError(f"--adversarial has no effect with --data {cfg.data}, a single domain")
-    return settings_of_domains(cfg, given, PRESETS, OF_DOMAIN)
+    if "size" in given and "crop" not in given:
+        given = given | dict(crop=None)  # that of the preset was for other sizes
+        cfg.crop = None
+    return settings_of_domains(cfg, given, PRESETS, PRESET_OF_EACH)
 
 
 # ---------------------------------------------------------------------- model (Sec. 4.1)
@@ -302,7 +328,7 @@ class Encoder(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.backbone = ResNet(cfg.backbone, cfg.backbone_layers)
+        self.backbone = ResNet(cfg.backbone, cfg.backbone_layers, stem=cfg.stem)
         self.psp = PSP(self.backbone.out_channels)
 
     def forward(self, x, x_u=None):
@@ -351,25 +377,20 @@ class Auxiliary(nn.Module):
         self.register_buffer("is_object", is_object, persistent=False)
 
 
-class Discriminator(nn.Module):
+class Discriminator(nn.Sequential):
     """g_d (Table 8): from which of the domains is a cell of z? [B, 512, h, w] -> [B, 2, h, w]"""
 
     def __init__(self, in_channels, num_domains):
-        super().__init__()
-        channels = [in_channels, 64, 128, 256, 512]
-        self.convs = nn.ModuleList(nn.Conv2d(channels[k], channels[k + 1], 3, padding=1)
-                                   for k in range(4))
-        self.last = nn.Conv2d(512, num_domains, 1)
-
-    def forward(self, z):
-        for conv in self.convs:
-            z = F.leaky_relu(conv(z), 0.2)
-        return self.last(z)
+        layers = []
+        for channels in (64, 128, 256, 512):
+            layers += [nn.Conv2d(in_channels, channels, 3, padding=1), nn.LeakyReLU(0.2)]
+            in_channels = channels
+        super().__init__(*layers, nn.Conv2d(512, num_domains, 1))
 
 
 def reverse_gradient(z, weight):
     """z itself, whose gradient is multiplied by -weight on its way back (App. E)"""
-    return (1 + weight) * z.detach() - weight * z
+    return z.detach() - weight * (z - z.detach())
 
 
 # ---------------------------------------------------------------------- perturbations (Sec. 3.2.3)
@@ -553,12 +574,13 @@ class Augment:
         return image, mask
 
 
-def of_classifier(cfg):
+def classifier_settings(cfg):
     """Settings of Augment for the classifier of tags (Sec. 3.3): of photographs, as in the code,
-    the longer side is 320 to 640, and crops have 512 pixels."""
-    if not cfg.long_side:
+    the longer side is 320 to 640, 0.8 to 1.6 times --long-side, and crops have 1.6 times 320."""
+    if not (cfg.long_side and cfg.crop):
         return cfg
-    return dataclasses.replace(cfg, long_side=480, scale=(2 / 3, 4 / 3), crop=(512, 512))
+    crop = tuple(round(1.6 * side) for side in cfg.crop)
+    return dataclasses.replace(cfg, scale=(0.8, 1.6), crop=crop)
 
 
 def streams(domain, step, ctx):
@@ -640,10 +662,12 @@ def train(cfg, settings):
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(domains) * longest)
     folder = RunFolder("cct", cfg, ctx, *(domain.data for domain in domains))
     for domain, about in zip(domains, folder.about["domains"]):
-        about["own"] = {name: getattr(domain.cfg, name) for name in (*OF_DOMAIN, *ONE_EACH)}
+        about["own"] = {name: getattr(domain.cfg, name) 
+                        for name in (*PRESET_OF_EACH, *GIVEN_FOR_EACH)}
         if cfg.weak:  # Sec. 3.3
-            part = folder.part(f"weak{domain.number or ''}")
-            domain.pseudo = weak_labels(domain, Augment(of_classifier(domain.cfg)), part, ctx)
+            part = folder.part("weak" if len(domains) == 1 else f"weak-{domain.name}")
+            augment = Augment(classifier_settings(domain.cfg))
+            domain.pseudo = weak_labels(domain, augment, part, ctx)
 
     torch.manual_seed(mix(cfg.seed, "init"))  # the same initial weights on every process
     net, auxiliaries, discriminator = make_networks(cfg, domains)
@@ -739,15 +763,12 @@ def make_networks(cfg, domains):
 
 
 def make_optimizer(net, auxiliaries, discriminator, cfg):
-    """Groups that hold every parameter once: the ResNet; PSP and discriminator; for each domain its
-    decoders, because torch's fused SGD cannot begin with a part of a group."""
-    shared = [*net.encoder.psp.parameters(), *(discriminator or nn.Module()).parameters()]
+    """Two groups that hold every parameter once: the ResNet, and all else"""
+    others = nn.ModuleList([net.encoder.psp, net.decoders, auxiliaries, discriminator])
     groups = [dict(params=list(net.encoder.backbone.parameters()), lr_mult=cfg.backbone_lr_mult),
-              dict(params=shared, lr_mult=1.0)]
-    for main, auxiliary in zip(net.decoders, auxiliaries):
-        groups.append(dict(params=[*main.parameters(), *auxiliary.parameters()], lr_mult=1.0))
+              dict(params=list(others.parameters()), lr_mult=1.0)]
     if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, cfg.lr, 0.9, weight_decay=cfg.weight_decay, fused=True)
+        return momentum_sgd(groups, cfg.lr, cfg.weight_decay)
     return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -763,6 +784,7 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
     p, guides = main_prediction(main, auxiliary, z_u, ctx)
     keep = p.amax(1) > cfg.confidence  # App. B.2
     kept = ctx.count(keep)
+    labelled = ctx.count(y_w != T.IGNORE) if cfg.weak else None
     paired, mean_q = pairwise_mean(auxiliary, z, guides, step, cfg, ctx)
     losses = dict(loss_u=0.0, w_u=w_u)
     losses |= dict(loss_w=0.0, w_w=w_w) if cfg.weak else {}
@@ -773,7 +795,7 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
         losses["loss_u"] += loss_k.detach() / len(names)
         total_k = w_u * loss_k / len(names)  # Eq. 2
         if cfg.weak:
-            loss_w_k = cross_entropy(crop(logits_k, x_u), y_w, ctx.count(y_w != T.IGNORE))
+            loss_w_k = cross_entropy(crop(logits_k, x_u), y_w, labelled)
             losses["loss_w"] += loss_w_k.detach() / len(names)
             total_k = total_k + w_w * loss_w_k / len(names)  # Eq. 6
         if k in paired:
@@ -811,13 +833,13 @@ def input_vat(net, domain, x, rng, cfg):
 # ---------------------------------------------------------------------- command line
 
 def main(argv=None):
-    cfg, given = parse(Config, PRESETS, argv, __doc__)
+    cfg, given = parse(Config, PRESETS, argv, __doc__, RELEASED_SETTINGS)
     if not cfg.evaluate and not cfg.predict:
         train(cfg, settle(cfg, given))
         return
     ctx = Runtime(cfg.device, cfg.precision)
     path = cfg.evaluate or cfg.predict
-    cfg, state = open_checkpoint("cct", path, Config, given, ctx.device)
+    cfg, state = open_checkpoint("cct", path, cfg, given, ctx, RELEASED, RELEASED_SETTINGS)
     if state.get("part"):
         raise UserError(f"{path} is a classifier, which segments nothing: expected a file such as "
                         f"runs/.../last.pt")
@@ -835,7 +857,7 @@ def main(argv=None):
         scored = " + ".join(f"{len(d.data.val)} {d.data.scored_on}" for d in domains)
         ctx.say(f"{path} (step {state['step']}): mIoU {100 * mean_miou(confusions):.1f} on "
                 f"{scored} images, {scales}")
-    elif len(chosen) > 1:
+    elif len(chosen) > 1 and cfg.format != "smoothness":
         raise UserError(f"{path} knows the domains {', '.join(name for _, name, _ in chosen)}: "
                         f"choose the one whose classes to predict with --data")
     else:

@@ -18,15 +18,16 @@ Map (paper -> this file)
   Fig. 11 scores of D    log.csv's columns d_*    Table 6 standard GAN      adversarial
   Fig. 12 ROC            evaluate_classifier      Table 7 image labels      --weak, --tags
 
-Deviations: what the paper says, what the authors' code does, what is done here and why
+Deviations: what the paper says, what the authors' code does (--released), and we do, and why
   D1  The code uses two of DeepLabv2's four branches, because it returns inside the loop over them;
       here all four: --aspp-rates 6,12 is the code's.
   D2  The code lists the ResNet's parameters three times, which triples their learning rate: try
       --backbone-lr-mult 3 first. The last layers have ten times the paper's, as in the code.
   D3  BN of S works on batch statistics with fixed weights, as in the code; from scratch (--weights
       none) the weights learn. The scale of the input cancels in it, so all data are normalised for
-      torchvision's weights, where the code has 0..255 (VOC) and BGR (Cityscapes). A bottleneck has
-      its stride on the 1x1 convolution, as in the code; torchvision's weights: --stride-on 3x3.
+      torchvision's weights, where the code has 0..255 (VOC) and BGR (Cityscapes), --input-scale. A
+      bottleneck has its stride on the 1x1 convolution, as in the code; torchvision's weights:
+      --stride-on 3x3.
   D4  VOC is scaled by 0.5 to 1.6 and flipped, as in the paper; by default not so in the code.
       PASCAL-Context is scaled by 0.7 to 2.7, about the code's range (the paper: as VOC), without
       its blur. Padding is background there in the code, ignored here: --pad-label 0.
@@ -56,6 +57,7 @@ Commands
   torchrun --nproc_per_node=2 s4gan_mlmt.py --data voc    the same on 2 GPUs, 4 + 4 images each
   python s4gan_mlmt.py --evaluate runs/.../last.pt --classifier runs/.../mlmt/last.pt
   python s4gan_mlmt.py --evaluate runs/.../mlmt/last.pt   AUC and roc.png of a classifier (Fig. 12)
+  python s4gan_mlmt.py --evaluate VOC_30000.pth --data voc      of the authors' code
   python s4gan_mlmt.py --predict runs/.../last.pt --images photos/                    palette PNGs
 """
 import dataclasses
@@ -71,7 +73,7 @@ import torchvision
 from torch import nn
 
 from common import transforms as T
-from common.backbones import RESNETS, DeepLabV2, DeepLabV3Plus, load_weights
+from common.backbones import INPUT_SCALES, RESNETS, DeepLabV2, DeepLabV3Plus, load_weights
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
@@ -83,7 +85,7 @@ from common.regions import count_pixels
 from common.roc import auc, in_words, roc_picture
 from common.run_folder import RunFolder, make_folder
 from common.runtime import Runtime
-from common.schedules import make_teacher, poly, set_lr, update_ema
+from common.schedules import make_teacher, momentum_sgd, poly, set_lr, update_ema
 from common.settings import ANY, BaseConfig, Size, UserError, option
 from common.streams import Stream, endless, once
 
@@ -155,6 +157,9 @@ class Config(BaseConfig):
                                          within=(1, 1000), needs=A | dict(network="deeplabv2"))
     stride_on: str = option("1x1", "convolution that has a bottleneck's stride (D3)",
                             ("1x1", "3x3"), needs=A | dict(network="deeplabv2"))
+    input_scale: str = option("imagenet", "how S gets its images (D3); caffe: as the code's VOC; "
+                              "bgr: as its Cityscapes", tuple(INPUT_SCALES),
+                              needs=A | dict(network="deeplabv2"))
     optimizer: str = option("sgd", "sgd (momentum 0.9) or adam, for S", ("sgd", "adam"), needs=A)
     lr: float = option(2.5e-4, "learning rate of S (Sec. 4.1.3)", within=(0, 1000), needs=A)
     backbone_lr_mult: float = option(1.0, "learning rate of S's ResNet, times --lr (D2)",
@@ -169,7 +174,7 @@ PRESETS = {
                    backbone_layers=2, weights="none", aspp_rates=(1, 2, 3, 6), d_width=32,
                    lambda_fm=1.0, gamma=0.55, optimizer="adam", lr=1e-3, lr_d=3e-4,
                    mlmt_size=(64, 64), mlmt_batch=10, mlmt_batch_u=10, mlmt_weight_decay=5e-3,
-                   mlmt_blur=(0.1, 0.6), lambda_cons=5.0, ema=0.99, tau=0.02,
+                   mlmt_blur=(0.1, 0.6), lambda_cons=5.0, ema=0.99, weak=True, mlmt_epochs=15,
                    workers=0, eval_every=200, save_every=100),
     "voc": dict(labeled="1/8", scale=(0.5, 1.6), crop=(321, 321), flip=True, eval_pad=(505, 505)),
     "pcontext": dict(labeled="1/8", steps=50000, scale=(0.7, 2.7), crop=(321, 321), flip=True,
@@ -185,6 +190,16 @@ PRESETS |= {  # not in the paper
     "bdd100k": PRESETS["cityscapes"] | dict(size=(512, 910)),
     "sunrgbd": PRESETS["camvid"] | dict(labeled="1500", size=(480, 640)),
     "sunrgbd13": PRESETS["camvid"] | dict(labeled="1500", size=(480, 640))}
+RELEASED_SETTINGS = {  # D1, D2, D10; D3, D4
+    "all": dict(aspp_rates=(6, 12), backbone_lr_mult=3.0, cons="cosine", cons_on="unlabelled"),
+    "voc": dict(steps=40000, scale=(1.0, 1.0), flip=False, input_scale="caffe"),
+    "pcontext": dict(steps=60000, pad_label=0),
+    "cityscapes": dict(steps=40000, input_scale="bgr")}
+BODY = r"(conv1|bn1|layer\d)\."
+RELEASED = (  # files of the authors' code: S; a classifier
+    dict(names={r"layer5\.conv2d_list\.([01])": r"net.head.branches.\1", "layer5": None,  # D1
+                BODY: r"net.body.\1."}, classes="net.head.branches.0.weight"),
+    dict(names={"fc": "fc", BODY: r"body.\1."}, classes="fc.weight", part="mlmt"))
 OF_B = [field.name for field in dataclasses.fields(Config)  # may change until branch B has begun
         if field.metadata["needs"].get("branch") in (B["branch"], "both")]
 
@@ -211,7 +226,7 @@ class Segmenter(nn.Module):
         bn = "learn" if cfg.weights == "none" else "affine"  # D3
         if cfg.network == "deeplabv2":
             self.net = DeepLabV2(num_classes, cfg.backbone, cfg.backbone_layers, cfg.aspp_rates,
-                                 cfg.stride_on, bn)
+                                 cfg.stride_on, bn, cfg.input_scale)
         else:
             self.net = DeepLabV3Plus(num_classes, cfg.backbone, bn)
 
@@ -645,7 +660,7 @@ def make_optimizer(net, cfg):
     groups = [dict(params=[p for p in trained if id(p) in body], lr_mult=cfg.backbone_lr_mult),
               dict(params=[p for p in trained if id(p) not in body], lr_mult=cfg.head_lr_mult)]
     if cfg.optimizer == "sgd":
-        return torch.optim.SGD(groups, cfg.lr, 0.9, weight_decay=cfg.weight_decay, fused=True)
+        return momentum_sgd(groups, cfg.lr, cfg.weight_decay)
     return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
 
 
@@ -670,8 +685,8 @@ def train_mlmt(data, tagged, labelled, unlabelled, folder, cfg, ctx):
     student = ctx.place(student)
     teacher = make_teacher(student) if semi else None
     classifier = teacher or student
-    optimizer = torch.optim.SGD(student.parameters(), cfg.mlmt_lr, 0.9, nesterov=True,
-                                weight_decay=cfg.mlmt_weight_decay, fused=True)
+    optimizer = momentum_sgd([dict(params=list(student.parameters()))], cfg.mlmt_lr,
+                             cfg.mlmt_weight_decay, nesterov=True)
     ctx.new_scaler()
     step = folder.resume(cfg.mlmt_batch + semi * cfg.mlmt_batch_u, steps, net=classifier,
                          student=student, optimizer=optimizer, scaler=ctx.scaler)
@@ -733,9 +748,9 @@ def train_mlmt(data, tagged, labelled, unlabelled, folder, cfg, ctx):
 
 # ---------------------------------------------------------------------- command line
 
-def open_network(path, given, ctx):
+def open_network(path, cfg, given, ctx):
     """-> (S, or the classifier, in a checkpoint, its settings, its contents)"""
-    cfg, state = open_checkpoint("s4gan_mlmt", path, Config, given, ctx.device)
+    cfg, state = open_checkpoint("s4gan_mlmt", path, cfg, given, ctx, RELEASED, RELEASED_SETTINGS)
     network = Classifier if state.get("part") == "mlmt" else Segmenter
     net = load_network(network(cfg, len(state["classes"])), state, path, ctx.device)
     return net.eval(), cfg, state
@@ -760,17 +775,18 @@ def score(net, classifier, data, cfg, ctx):
 
 
 def main(argv=None):
-    cfg, given = parse(Config, PRESETS, argv, __doc__)
+    cfg, given = parse(Config, PRESETS, argv, __doc__, RELEASED_SETTINGS)
     if not cfg.evaluate and not cfg.predict:
         settle(cfg, given)
         train(cfg)
         return
     ctx = Runtime(cfg.device, cfg.precision)
     path = cfg.evaluate or cfg.predict
-    net, cfg, state = open_network(path, given, ctx)
+    parsed = cfg
+    net, cfg, state = open_network(path, parsed, given, ctx)
     classifier = None
     if cfg.classifier:
-        classifier, _, other = open_network(cfg.classifier, {}, ctx)
+        classifier, _, other = open_network(cfg.classifier, parsed, {}, ctx)
         if not isinstance(classifier, Classifier) or other["classes"] != state["classes"]:
             raise UserError(f"--classifier {cfg.classifier} is not a checkpoint of branch B with "
                             f"these classes: expected a file such as runs/.../mlmt/last.pt")

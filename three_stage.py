@@ -17,7 +17,7 @@ Map (paper -> this file)
   Table V CR, T2, SA, N2      --lambda-con 0, --lambda-pl 0, --no-strong, --branch-stage3 ghat
   Table VI EMA                --ema 0                Fig. 3; Fig. 4, 5         --lambda-con; stage*/
 
-Deviations: what the paper says, what the authors' code does, what is done here and why
+Deviations: what the paper says, what the authors' code does (--released), and we do, and why
   D1  The paper gives L u U one image of a minibatch and L the others. In the code it is the other
       way round, as here: else there would be almost no consistency.
   D2  The paper leaves open whether L_con's target is hard. The code and we take the teacher's
@@ -50,6 +50,7 @@ Commands
   python three_stage.py --data voc --download --labeled 1/50  the paper's Table III, 212 labels
   torchrun --nproc_per_node=2 three_stage.py --data voc       the same on 2 GPUs, 5 images each
   python three_stage.py --evaluate runs/.../last.pt           score a checkpoint
+  python three_stage.py --evaluate model_best.pth --data cityscapes                of the authors' code
   python three_stage.py --predict runs/.../last.pt --images photos/                     palette PNGs
 """
 import math
@@ -69,7 +70,8 @@ from torchvision.transforms.v2 import functional as tvf
 
 from common import checkpoint
 from common import transforms as T
-from common.backbones import ASPP, RESNETS, DeepLabV2, hold_bn, load_weights, upsample
+from common.backbones import (ASPP, INPUT_SCALES, RESNETS, DeepLabV2, hold_bn, load_weights,
+                              read_weights, upsample)
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, choose_labelled, open_dataset
@@ -90,7 +92,6 @@ BALANCE = {  # Sec. IV-B: (from this many labels on, labelled images of a miniba
     "voc": ((0, 1, 1 / 4), (529, 1, 5 / 4), (1323, 2, 5 / 8))}
 LR_GROUPS = {  # shares of --lr: conv1, the other layers of the backbone, their shortcuts (D5)
     "released": (0.1, 0.3, 0.4), "nominal": (0.1, 0.1, 0.1), "literal": (1.0, 1.0, 1.0)}
-CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)  # of R, G, B
 SEMI = dict(supervised=False)  # what a flag needs to have an effect
 
 
@@ -133,7 +134,7 @@ class Config(BaseConfig):
     aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of the classifiers (D7)",
                                          within=(1, 1000), group="network")
     input_scale: str = option("imagenet", "what --weights expect; caffe: 0..255 less the mean",
-                              ("imagenet", "caffe"))
+                              tuple(INPUT_SCALES))
     bn: str | None = option(None, "batch normalisation [frozen; learn with --weights none]",
                             ("frozen", "learn"))
     stride_on: str = option("1x1", "convolution that has conv3's stride (D11)", ("1x1", "3x3"))
@@ -161,6 +162,13 @@ PRESETS = {
 }
 PRESETS |= dict.fromkeys(("pcontext", "pcontext59", "bdd100k", "sunrgbd", "sunrgbd13"),
                          PRESETS["folder"] | dict(labeled="1/8"))  # not in the paper
+
+
+RELEASED_SETTINGS = {"all": dict(aspp_rates=(6, 12), lr_groups="released")}  # D5, D7
+RELEASED = (dict(names={  # files of the authors' code
+    r"layer5\.conv2d_list\.([01])": r"head.branches.\1", "layer5|layer4_2": None,  # D7; g
+    r"(conv1|bn1|layer\d)\.": r"body.\1."}, classes="head.branches.0.weight",
+    settings=dict(bn="frozen", stride_on="1x1")),)
 
 
 def settle(cfg, given):
@@ -201,17 +209,10 @@ class Segmenter(DeepLabV2):
 
     def __init__(self, cfg, num_classes):
         super().__init__(num_classes, cfg.backbone, cfg.backbone_layers, cfg.aspp_rates,
-                         cfg.stride_on, cfg.bn)
-        self.input_scale = cfg.input_scale
-        scale = 255 * torch.tensor(T.IMAGENET_STD)
-        shift = 255 * torch.tensor(T.IMAGENET_MEAN) - torch.tensor(CAFFE_MEAN)
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", shift[:, None, None], persistent=False)
+                         cfg.stride_on, cfg.bn, cfg.input_scale)
 
     def features(self, x):
         """[B, 3, H, W] -> outputs of the last but one layer and of the last one (conv4, conv5)"""
-        if self.input_scale == "caffe":
-            x = x * self.scale + self.shift
         *first, last = self.body.children()
         for part in first:
             x = part(x)
@@ -299,7 +300,7 @@ def load_pretrained(f, cfg, say):
         return
     own = f.head.state_dict()
     fits = {}
-    for name, tensor in checkpoint.load(cfg.weights).items():
+    for name, tensor in read_weights(cfg.weights).items():
         mine = "branches." + name.rpartition("layer5.conv2d_list.")[2]  # the name in the COCO file
         if mine in own and own[mine].shape == tensor.shape:
             fits[mine] = tensor
@@ -645,14 +646,14 @@ def make_optimizer(net, cfg):
 # ---------------------------------------------------------------------- command line
 
 def main(argv=None):
-    cfg, given = parse(Config, PRESETS, argv, __doc__)
+    cfg, given = parse(Config, PRESETS, argv, __doc__, RELEASED_SETTINGS)
     if not cfg.evaluate and not cfg.predict:
         settle(cfg, given)
         train(cfg)
         return
     ctx = Runtime(cfg.device, cfg.precision)
     path = cfg.evaluate or cfg.predict
-    cfg, state = open_checkpoint("three_stage", path, Config, given, ctx.device)
+    cfg, state = open_checkpoint("three_stage", path, cfg, given, ctx, RELEASED, RELEASED_SETTINGS)
     net = MultiTask(cfg, len(state["classes"]), stage=1)
     load_network(net.f, state, path, ctx.device)
     if cfg.evaluate:

@@ -10,8 +10,17 @@ from torchvision.models.segmentation.deeplabv3 import ASPP as PooledASPP
 
 from common import checkpoint
 from common.settings import UserError
+from common.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+DEEP_STEM = {  # names of torchcv's 3x3resnet50: ours
+    "conv1": "conv1.0", "bn1": "conv1.1", "conv2": "conv1.3", "bn2": "conv1.4", "conv3": "conv1.6",
+    "bn3": "bn1"}
+INPUT_SCALES = {  # (pixels 0..255 less the mean of R, G, B) / divisor, in the order B, G, R?
+    "imagenet": None,  # as common.transforms.normalise
+    "caffe": ((122.67891434, 116.66876762, 104.00698793), 1, False),
+    "bgr": ((72.39239876, 82.90891754, 73.15835921), 255, True)}
+WRAPPER = re.compile(r"^(module|model|backbone|encoder|resnet|base|body|Scale|net|prefix)\.")
 
 
 class ResNet(nn.Module):
@@ -20,14 +29,20 @@ class ResNet(nn.Module):
     [B, 3, H, W] -> [B, out_channels, ceil(H/8), ceil(W/8)]. `layers` keeps the first 2, 3 or all 4
     of layer1..4. The 3x3 convolutions' dilations are 1,2,2,.. and 2,4,4, as torchvision has them,
     which offers them for bottlenecks only. stride 16: only layer4 is dilated. bn: see hold_bn.
+    stem: 7x7, or deep, see deepen. input_scale: see Rescale.
     """
 
-    def __init__(self, name="resnet50", layers=4, stride=8, bn="learn"):
+    def __init__(self, name="resnet50", layers=4, stride=8, bn="learn", stem="7x7",
+                 input_scale="imagenet"):
         super().__init__()
         net = getattr(torchvision.models, name)(weights=None)
+        if stem == "deep":
+            deepen(net)
         if stride == 8:
             dilate(net.layer3, 2)
         dilate(net.layer4, 4 if stride == 8 else 2)
+        if input_scale != "imagenet":
+            self.rescale = Rescale(input_scale)
         parts = ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4")
         for part in parts[:4 + layers]:
             self.add_module(part, getattr(net, part))
@@ -44,6 +59,40 @@ class ResNet(nn.Module):
         super().train(mode)
         hold_bn(self, self.bn)
         return self
+
+
+def deepen(net):
+    """Give torchvision's ResNet three 3x3 convolutions of 64, 64 and 128 channels, the first with
+    stride 2, instead of the 7x7 one (torchcv's 3x3resnet50): 123,776 more parameters in ResNet-50.
+    """
+    def conv(inside, outside, stride=1):
+        return nn.Conv2d(inside, outside, 3, stride, 1, bias=False)
+
+    net.conv1 = nn.Sequential(
+        conv(3, 64, 2), nn.BatchNorm2d(64), nn.ReLU(inplace=True),
+        conv(64, 64), nn.BatchNorm2d(64), nn.ReLU(inplace=True), conv(64, 128))
+    net.bn1 = nn.BatchNorm2d(128)
+    net.inplanes = 128
+    net.layer1 = net._make_layer(type(net.layer1[0]), 64, len(net.layer1))
+    for module in (*net.conv1.modules(), *net.layer1.modules()):
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+
+class Rescale(nn.Module):
+    """Images that are normalised as torchvision does -> pixels of INPUT_SCALES"""
+
+    def __init__(self, name):
+        super().__init__()
+        mean, divisor, self.bgr = INPUT_SCALES[name]
+        scale = 255 * torch.tensor(IMAGENET_STD) / divisor
+        shift = (255 * torch.tensor(IMAGENET_MEAN) - torch.tensor(mean)) / divisor
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", shift[:, None, None], persistent=False)
+
+    def forward(self, x):
+        x = x * self.scale + self.shift
+        return x.flip(1) if self.bgr else x
 
 
 def dilate(layer, dilation):
@@ -88,8 +137,9 @@ class DeepLabResNet(ResNet):
     bottleneck's first 1x1 (`stride_on="3x3"`: where torchvision's weights were trained with it).
     """
 
-    def __init__(self, name="resnet101", layers=4, stride_on="1x1", bn="learn"):
-        super().__init__(name, layers, bn=bn)
+    def __init__(self, name="resnet101", layers=4, stride_on="1x1", bn="learn",
+                 input_scale="imagenet"):
+        super().__init__(name, layers, bn=bn, input_scale=input_scale)
         self.maxpool.ceil_mode = True
         for layer, dilation in (("layer3", 2), ("layer4", 4)):
             for module in getattr(self, layer, nn.Module()).modules():
@@ -123,9 +173,9 @@ class DeepLabV2(nn.Module):
     """Single-scale DeepLabv2: `body` and `head` (ASPP); logits at the image's size."""
 
     def __init__(self, num_classes, name="resnet101", layers=4, rates=(6, 12, 18, 24),
-                 stride_on="1x1", bn="learn"):
+                 stride_on="1x1", bn="learn", input_scale="imagenet"):
         super().__init__()
-        self.body = DeepLabResNet(name, layers, stride_on, bn)
+        self.body = DeepLabResNet(name, layers, stride_on, bn, input_scale)
         self.head = ASPP(self.body.out_channels, num_classes, rates)
 
     def forward(self, x):
@@ -173,14 +223,16 @@ def hold_bn(module, policy):
     """Apply a policy to all batch normalisation of a module; to be repeated after every .train().
 
     frozen: a constant affine map (running statistics, nothing trained). affine: batch statistics,
-    which update the running ones, but weight and bias fixed. learn: ordinary.
+    which update the running ones, but weight and bias fixed. statistics: running statistics, but
+    weight and bias learn. learn: ordinary.
     """
-    if policy not in ("frozen", "affine", "learn"):
-        raise ValueError(f"bn policy {policy!r}: expected frozen, affine or learn")
+    if policy not in ("frozen", "affine", "statistics", "learn"):
+        raise ValueError(f"bn policy {policy!r}: expected frozen, affine, statistics or learn")
     for norm in module.modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and policy != "learn":
-            norm.requires_grad_(False)
-            if policy == "frozen":
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            if policy in ("frozen", "affine"):
+                norm.requires_grad_(False)
+            if policy in ("frozen", "statistics"):
                 norm.eval()
 
 
@@ -199,14 +251,42 @@ def load_weights(backbone, name, weights, say=print, flag="--weights"):
             raise UserError(f"{flag} imagenet: torchvision could not download {name} ({error}); "
                             f"give a {flag} FILE, or {flag} none") from error
     else:
-        if not Path(weights).is_file():
-            raise UserError(f"{flag} {weights}: no such file; expected imagenet, none, or a file")
-        state = checkpoint.load(weights)
-        if not isinstance(state, dict):
-            raise UserError(f"{flag} {weights}: expected a state dict (names and tensors)")
-        inner = [state[k] for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)]
-        state = inner[0] if inner else state
+        state = read_weights(weights, flag)
     load_matching(backbone, state, weights, say, flag)
+
+
+def read_weights(path, flag="--weights"):
+    """{name less wrapper prefixes: tensor} of a file, the deep stem's with our names.
+
+    Raises UserError for a file that is missing, or no state dict.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{flag} {path}: no such file; expected imagenet, none, or a file")
+    state = checkpoint.load(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{flag} {path}: expected a state dict (names and tensors)")
+    inner = [state[k] for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)]
+    state = {unwrapped(name): tensor for name, tensor in (inner[0] if inner else state).items()}
+    if "conv3.weight" not in state:
+        return state
+    renamed = {}
+    for name, tensor in state.items():
+        part, dot, rest = name.partition(".")
+        renamed[DEEP_STEM.get(part, part) + dot + rest] = tensor
+    return renamed
+
+
+def unwrapped(name):
+    while WRAPPER.match(name):
+        name = WRAPPER.sub("", name, count=1)
+    return name
+
+
+def stem_of(weights):
+    """The stem of the ResNet in a file of --weights: 7x7 or deep. Raises as read_weights does."""
+    if weights in ("imagenet", "none"):
+        return "7x7"
+    return "deep" if "conv1.0.weight" in read_weights(weights) else "7x7"
 
 
 def load_matching(module, state, source, say=print, flag="--weights"):
@@ -215,12 +295,10 @@ def load_matching(module, state, source, say=print, flag="--weights"):
     Says what was matched, skipped and missing. Raises UserError if a tensor is missing.
     """
     own = module.state_dict()
-    wrapper = re.compile(r"^(module|model|backbone|encoder|resnet|base|body|Scale|net)\.")
     matched = {}
     skipped = []
     for name, tensor in state.items():
-        while name not in own and wrapper.match(name):
-            name = wrapper.sub("", name, count=1)
+        name = name if name in own else unwrapped(name)
         if name in own and isinstance(tensor, torch.Tensor) and tensor.shape == own[name].shape:
             matched[name] = tensor
         else:

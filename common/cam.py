@@ -17,23 +17,25 @@ from common.datasets.tags import Tagged
 from common.pictures import prediction_panel, save_mask, save_picture
 from common.random import mix
 from common.schedules import poly, set_lr
+from common.settings import UserError
 from common.streams import Stream, endless, to_device
 
 
 class CamNet(nn.Module):
     """A ResNet of output stride 16, and a 1x1 convolution to the classes, which has no bias.
 
-    pretrained: as in the authors' code, all BN is constant and the stem, layer1 and layer2 are not
-    trained; otherwise everything learns.
+    pretrained: as in the authors' code, BN has constant statistics, and the stem, layer1 and layer2
+    are not trained; otherwise everything learns. stem: see ResNet.
     """
 
-    def __init__(self, name, layers, num_classes, pretrained=True):
+    def __init__(self, name, layers, num_classes, pretrained=True, stem="7x7"):
         super().__init__()
-        self.body = ResNet(name, layers, stride=16, bn="frozen" if pretrained else "learn")
+        bn = "statistics" if pretrained else "learn"
+        self.body = ResNet(name, layers, stride=16, bn=bn, stem=stem)
         self.classifier = nn.Conv2d(self.body.out_channels, num_classes, 1, bias=False)
-        if pretrained:
-            for part in ("conv1", "layer1", "layer2"):
-                getattr(self.body, part).requires_grad_(False)
+        for part, module in self.body.named_children():
+            if pretrained and part not in ("layer3", "layer4"):
+                module.requires_grad_(False)
 
     def forward(self, x):
         """[B, 3, H, W] -> logits [B, C]: the mean activation of every class"""
@@ -63,7 +65,7 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
     everything = range(len(data.train))
     steps = cfg.weak_epochs * math.ceil(len(everything) / 16)
     torch.manual_seed(mix(cfg.seed, "init", part.path.name))
-    net = CamNet(cfg.backbone, cfg.backbone_layers, len(objects), cfg.weights != "none")
+    net = CamNet(cfg.backbone, cfg.backbone_layers, len(objects), cfg.weights != "none", cfg.stem)
     if part.is_new:
         load_weights(net.body, cfg.backbone, cfg.weights, ctx.say)
     net = ctx.place(net)
@@ -75,7 +77,7 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
     wrapped = ctx.wrap(net, cfg.compile)
     stream = Stream(tags, everything, TagAugment(augment, objects), cfg.seed, part.path.name, True)
     batches = endless(stream, ctx.share(16), step, cfg.workers, ctx)
-    part.introduce(everything, [], step, f"classifier of image-level tags: {steps} steps", data)
+    ctx.say(f"{ctx}; {data.name}: classifier of the tags of {len(everything)} images, {steps} steps")
     net.train()
     while step < steps:
         part.stop_if_asked(step)
@@ -94,6 +96,7 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
         part.log.add(step, loss_tags=loss, lr=lr)
         if step % cfg.save_every == 0 or step == steps:
             part.save(step)
+    part.log.curves()
     part.log.close()
     return net.eval()
 
@@ -104,12 +107,12 @@ def activation_maps(net, x, present, scales=(1, 0.5, 1.5, 2)):
     x [1, 3, H, W]; present: the n classes of the image, as its tags say, int64 [n].
     """
     size = x.shape[2:]
-    total = 0
-    for scale in scales:
+    total = x.new_zeros(len(present), *size)
+    for scale in scales * bool(len(present)):
         scaled = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
         maps = net.maps(scaled) + net.maps(scaled.flip(3)).flip(3)
-        maps = F.interpolate(maps.float(), size, mode="bilinear", align_corners=False)
-        total = total + maps[0, present]
+        maps = maps[:, present].float()
+        total = total + F.interpolate(maps, size, mode="bilinear", align_corners=False)[0]
     return total / (total.amax((1, 2), keepdim=True) + 1e-5)
 
 
@@ -135,12 +138,16 @@ def pseudo_label(maps, classes, background, thresholds, image=None):
 
 @torch.no_grad()
 def write_pseudo_label(i, net, pseudo, tags, objects, palette, cfg, ctx):
-    """y_p of training image i (Sec. 3.3), at the image's size, made at the size of training"""
+    """y_p of training image i (Sec. 3.3), at the image's size; made at --size, or else at the
+    image's, if its longer side has at most 1024 pixels"""
     image, _ = T.to_tensors(tags.image(i))
     size = image.shape[1:]
     if cfg.size:
         image, _ = T.resize(image, None, cfg.size)
-    present = [k for k, c in enumerate(objects) if tags.mask(i)[c]]
+    elif max(size) > 1024:
+        image, _ = T.resize_long_side(image, None, 1024)
+    held = tags.mask(i)
+    present = [k for k, c in enumerate(objects) if held[c]]
     present = torch.tensor(present, dtype=torch.long, device=ctx.device)
     x = to_device(T.normalise(image)[None], ctx.device)
     with ctx.autocast():
@@ -158,16 +165,20 @@ def weak_labels(domain, augment, part, ctx):
     a part of a run's folder. -> the training images with these labels as masks, for Stream
 
     augment: transform of the classifier's images. domain.cfg: a script's settings; background,
-    backbone, backbone_layers, compile, crf, save_every, seed, size, tags, thresholds, weak_epochs,
-    weak_lr, weights and workers count.
+    backbone, backbone_layers, compile, crf, save_every, seed, size, stem, tags, thresholds,
+    weak_epochs, weak_lr, weights and workers count.
     """
     cfg = domain.cfg
     data = domain.data
     finished = part.path / "finished.pt"
     pseudo = PseudoLabelled(data, part.path / "pseudo")
     if finished.exists():
+        if checkpoint.load(finished)["images"] != data.train.fingerprint:
+            raise UserError(f"{pseudo.folder} holds the pseudo-labels of other images than those "
+                            f"of {data.name} in --root {cfg.root}: choose another folder with "
+                            f"--out")
         return pseudo
-    tags = Tagged(data, domain.labelled, cfg.tags)
+    tags = domain.tags
     objects = [c for c in range(len(data.classes)) if c not in cfg.background]
     if part.is_new and ctx.main:
         shutil.rmtree(pseudo.folder, ignore_errors=True)  # other weights wrote them
@@ -185,8 +196,9 @@ def weak_labels(domain, augment, part, ctx):
         save_picture(prediction_panel(rows, data.palette, data.classes, titles),
                      part.path / "pseudo.png")  # Fig. 9
     if ctx.main:
-        checkpoint.save(finished, {})
+        checkpoint.save(finished, dict(images=data.train.fingerprint))
     part.catch_signals()
+    part.parts = {}  # the network's memory is wanted
     ctx.new_scaler()
     ctx.barrier()
     return pseudo

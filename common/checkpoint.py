@@ -2,13 +2,16 @@
 opening one to score it or to predict with it."""
 import dataclasses
 import os
+import re
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from common.command_line import check_needs
+from common.command_line import check_needs, released_settings
+from common.datasets import open_dataset
 from common.files import replacing
-from common.settings import UserError, flag, from_saved
+from common.settings import UserError, flag, from_saved, kinds_of, show
 
 
 def save(path, state):
@@ -25,6 +28,11 @@ def save(path, state):
     os.close(folder)
 
 
+NUMBERS = [np.dtype, np.dtypes.Float64DType, np.dtypes.Float32DType, np.dtypes.Int64DType,
+           *[(np.float64(0).__reduce__()[0], f"numpy.{core}.multiarray.scalar")  # 1.x and 2.x
+             for core in ("core", "_core")]]  # NumPy's scores in the authors' files: mere numbers
+
+
 def load(path, device="cpu"):
     """Read a checkpoint without running any code of it (weights_only).
 
@@ -33,21 +41,38 @@ def load(path, device="cpu"):
     if not Path(path).is_file():
         raise UserError(f"no checkpoint at {path}: expected a file such as runs/.../last.pt")
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        with torch.serialization.safe_globals(NUMBERS):
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a file that is not its own
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+            raise UserError(
+                f"{path} holds objects beside tensors ({foreign[1]}), which are not loaded, as "
+                f"that may run code: if you trust the file, go to its own project, and save the "
+                f"state_dict of torch.load(.., weights_only=False) alone") from error
         raise UserError(f"{path} is not a checkpoint that can be loaded safely "
                         f"({type(error).__name__})") from error
 
 
-def open_checkpoint(script, path, config_class, given, device):
+def open_checkpoint(script, path, cfg, given, ctx, tables, released):
     """For --evaluate and --predict. -> (config, state): the settings in the checkpoint with the
     flags `given` on top, and its contents. Raises UserError for another script's file, and for
-    flags without effect."""
-    state = load(path, device)
-    if not isinstance(state, dict) or state.get("script") != script or "net" not in state:
-        raise UserError(f"{path} is not a checkpoint of {script}.py: expected a file such as "
-                        f"runs/.../last.pt")
+    flags without effect.
+
+    cfg: what the command line comes to. tables: what the authors' files hold, see of_release; they
+    bring no settings: those of cfg take their place, and those of released, see released_settings.
+    """
+    state = load(path, ctx.device)
+    config_class = type(cfg)
     useful = {f.name for f in dataclasses.fields(config_class) if f.metadata["scoring"]}
+    if isinstance(state, dict) and "script" not in state:
+        settings = released_settings(config_class, released, cfg.data)
+        found = [of_release(state, table, settings, path, cfg, ctx) for table in tables]
+        if any(found):
+            state = next(filter(None, found)) | dict(script=script)
+            useful.add("input_scale")
+    if not isinstance(state, dict) or state.get("script") != script or "net" not in state:
+        raise UserError(f"{path} is not a checkpoint of {script}.py, nor of its authors' code: "
+                        f"expected a file such as runs/.../last.pt")
     if useless := sorted(set(given) - useful):
         raise UserError(f"{flag(useless[0])} has no effect on a trained network; {path} brings its "
                         f"own settings")
@@ -59,6 +84,51 @@ def open_checkpoint(script, path, config_class, given, device):
         raise UserError(f"{path} is damaged, or of another version ({error})") from error
     check_needs(config, given)
     return config, state
+
+
+def of_release(state, table, settings, path, cfg, ctx):
+    """The contents of a file of the authors' code as a checkpoint of ours, or None if it holds
+    something else. table: `names`, {pattern at the beginning of a name: ours, or None for what is
+    not needed}; `classes`, the tensor that has a row for each class; perhaps `part`, and `settings`
+    beside these. Raises UserError if --data has another number of classes."""
+    state = state.get("state_dict", state)
+    net, unused = {}, []
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        name = str(name).removeprefix("module.")
+        matches = (re.match(pattern, name) for pattern in table["names"])
+        match = next(filter(None, matches), None)
+        if match is None or not isinstance(tensor, torch.Tensor):
+            return None
+        ours = table["names"][match.re.pattern]
+        if ours is None:
+            unused.append(name)
+        else:
+            net[match.expand(ours) + name[match.end():]] = tensor
+    if table["classes"] not in net:
+        return None
+    count = len(net[table["classes"]])
+    data = open_dataset(cfg.data, cfg.root)
+    if len(data.classes) != count:
+        raise UserError(f"{path} is of the authors' code and has {count} classes, --data "
+                        f"{data.name} has {len(data.classes)}: give the dataset that it was "
+                        f"trained on")
+    blocks = {re.search(r"layer3\.\d+", name)[0] for name in net if "layer3." in name}
+    bottleneck = any("layer1.0.conv3." in name for name in net)
+    backbones = {(2, False): "resnet18", (6, False): "resnet34", (6, True): "resnet50",
+                 (23, True): "resnet101"}
+    layers = max((int(k) for name in net for k in re.findall(r"layer(\d)\.", name)), default=4)
+    backbone = backbones.get((len(blocks), bottleneck), cfg.backbone)
+    settings = settings | table.get("settings", {})
+    settings |= dict(backbone=backbone, backbone_layers=layers)
+    kinds = kinds_of(type(cfg))
+    shown = [f"{flag(name)} {show(settings[name], kinds[name])}"
+             for name in ("backbone", "stem", "aspp_rates", "input_scale") if name in settings]
+    ctx.say(f"{path}: a network of the authors' code for {count} classes: {', '.join(shown)}; "
+            f"{len(net)} tensors, {len(unused)} more not needed")
+    domain = dict(name=data.name, classes=list(data.classes),
+                  palette=torch.from_numpy(data.palette))
+    config = dataclasses.asdict(dataclasses.replace(cfg, **settings))
+    return dict(net=net, config=config, domains=[domain], step="unknown", part=table.get("part"))
 
 
 def load_network(net, state, path, device):

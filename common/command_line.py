@@ -1,18 +1,19 @@
 """The command line: `parse` reads the flags that the fields of a script's Config describe.
 
-Order of precedence: the dataclass's defaults < the preset of `--data` < the flags given. An unknown
-flag, a value of the wrong type, a number out of its limits or a flag that has no effect beside the
-others ends with exit status 2 and one sentence.
+Order of precedence: the dataclass's defaults < the preset of `--data` < --released < the flags
+given. An unknown flag, a value of the wrong type, a number out of its limits or a flag that has no
+effect beside the others ends with exit status 2 and one sentence.
 """
 import argparse
 import dataclasses
 import math
+import os
 import re
 import sys
 import typing
 from pathlib import Path
 
-from common.settings import ANY, Size, UserError, flag, is_list, kinds_of, show
+from common.settings import ANY, Size, UserError, flag, is_list, kinds_of, say, show
 
 
 def _size(text):
@@ -88,12 +89,22 @@ def _add_flag(group, field, kind, value):
 
 def preset_of(presets, data):
     """The preset of a dataset; of several, `a+b`, their own one, if there is one, or that of a."""
-    return presets.get(data, presets.get(data.partition("+")[0], {}))
+    in_order = "+".join(sorted(data.split("+")))
+    return presets.get(in_order, presets.get(data.partition("+")[0], {}))
 
 
-def parse(config_class, presets, argv=None, description=""):
+def released_settings(config_class, released, data, given=()):
+    """What --released sets: all of released["all"] and of released[data] but what flags give"""
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    settings = released.get("all", {}) | preset_of(released, data)
+    return {name: value for name, value in settings.items()
+            if name not in given and fields[name].metadata["replaces"] not in given}
+
+
+def parse(config_class, presets, argv=None, description="", released=None):
     """Read the command line. -> (config, given): the dataclass filled in, and the fields that were
-    given as flags with their values. Raises UserError for flags that exclude each other."""
+    given as flags with their values. released: {dataset, or "all": {field: value}} of --released.
+    Raises UserError for flags that exclude each other."""
     argv = sys.argv[1:] if argv is None else list(argv)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     data = fields["data"].default
@@ -121,7 +132,14 @@ def parse(config_class, presets, argv=None, description=""):
             if len(value) == 2 and value[0] > value[1]:
                 parser.error(f"argument {flag(name)}: expected the smaller number first, not "
                              f"{value[0]} {value[1]}")
-    config = config_class(**{**preset_of(presets, given.get("data", data)), **given})
+    preset = preset_of(presets, given.get("data", data))
+    if given.get("released"):
+        settings = released_settings(config_class, released or {}, given.get("data", data), given)
+        preset = preset | settings
+        if os.environ.get("RANK", "0") == "0":
+            words = [f"{flag(name)} {show(value, kinds[name])}" for name, value in settings.items()]
+            say(f"--released: {', '.join(words)}")
+    config = config_class(**{**preset, **given})
     for name in given:
         other = fields[name].metadata["replaces"]
         if other in given:

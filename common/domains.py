@@ -1,11 +1,12 @@
 """Several datasets in one training, `--data a+b`: each is a domain with settings of its own."""
 import dataclasses
 
-from common.datasets import check_classes, choose_labelled, open_dataset
+from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
+from common.datasets.tags import Tagged
 from common.settings import UserError, flag, from_saved
 
 
-ONE_EACH = ("data", "root", "labeled", "split", "tags")  # settings that a domain has for itself
+GIVEN_FOR_EACH = ("data", "root", "labeled", "split", "tags")  # with + between
 
 
 class Domain:
@@ -21,10 +22,11 @@ class Domain:
         check_classes("background", cfg.background, self.data)
 
     def choose_labelled(self):
-        """Set labelled and unlabelled; if all are labelled, then both are all."""
+        """Set labelled and unlabelled (if all are labelled, then both are all), and tags."""
         cfg = self.cfg
         self.labelled, others = choose_labelled(self.data, cfg.labeled, cfg.split, cfg.seed)
         self.unlabelled = others or self.labelled
+        self.tags = Tagged(self.data, self.labelled, cfg.tags) if cfg.weak else None
 
 
 def one_each(name, text, count):
@@ -45,14 +47,17 @@ def settings_of_domains(cfg, given, presets, own):
     The fields `own` are those of a dataset's own preset, unless flags were given for all.
     """
     names = cfg.data.split("+")
-    parts = {name: one_each(name, getattr(cfg, name), len(names)) for name in ONE_EACH}
+    if unknown := [name for name in names if name not in DATASETS]:
+        raise UserError(f"--data {cfg.data}: {unknown[0]!r} is no dataset; expected one, or several "
+                        f"with + between, of {', '.join(DATASETS)}")
+    parts = {name: one_each(name, getattr(cfg, name), len(names)) for name in GIVEN_FOR_EACH}
     fields = {field.name: field for field in dataclasses.fields(cfg)}
-    free = [name for name in own
-            if given.keys().isdisjoint((name, fields[name].metadata["replaces"]))]
+    from_preset = [name for name in own
+                   if given.keys().isdisjoint((name, fields[name].metadata["replaces"]))]
     domains = {}
     for number, data in enumerate(names):
         preset = type(cfg)(**presets.get(data, {}))
-        values = {name: getattr(preset, name) for name in free}
+        values = {name: getattr(preset, name) for name in from_preset}
         values |= {name: part[number] for name, part in parts.items()}
         name = f"{data}_{number + 1}" if data in domains else data
         domains[name] = dataclasses.replace(cfg, **values)
@@ -60,11 +65,13 @@ def settings_of_domains(cfg, given, presets, own):
 
 
 def saved_domains(state, config_class, given, path):
-    """Domains of a checkpoint: all, or the one that --data names. Raises UserError if none has the
-    name, or the classes of the dataset are others. -> [(number, name, settings)]"""
+    """Domains of a checkpoint: all, or the one that --data names. -> [(number, name, settings)]
+    Raises UserError if none has this name."""
     known = state["domains"]
     numbers = range(len(known))
     given = dict(given)
+    if given.get("data") == state["config"]["data"]:
+        del given["data"]
     if len(known) > 1 and "data" in given:
         names = [domain["name"] for domain in known]
         if given["data"] not in names:
@@ -75,7 +82,8 @@ def saved_domains(state, config_class, given, path):
     if "root" in given:
         for config, root in zip(configs, one_each("root", given["root"], len(configs))):
             config.root = root
-    return [(number, known[number]["name"], config) for number, config in zip(numbers, configs)]
+    return [(number, known[number]["name"] if len(known) > 1 else config.data, config)
+            for number, config in zip(numbers, configs)]
 
 
 def mean_miou(confusions):

@@ -35,7 +35,7 @@ class RunFolder:
         self.cfg = cfg
         self.datasets = datasets
         self.ctx = ctx
-        domains = [dict(name=data.name, classes=list(data.classes),
+        domains = [dict(name=data.name, classes=list(data.classes), images=data.train.fingerprint,
                         palette=torch.from_numpy(data.palette)) for data in datasets]
         self.about = dict(script=script, config=to_save(cfg), domains=domains)
         self.stop = []  # signals that came in; a list, so that the parts of a run share it
@@ -94,6 +94,10 @@ class RunFolder:
             try:
                 for data, domain in zip(self.datasets, state["domains"], strict=True):
                     checkpoint.same_classes(data, domain, self.path / "last.pt")
+                    if domain["images"] != data.train.fingerprint:
+                        raise UserError(f"{self.path / 'last.pt'} was trained on other images than "
+                                        f"those of {data.name} in --root {self.cfg.root}: choose "
+                                        f"another folder with --out")
                 step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):
@@ -120,7 +124,8 @@ class RunFolder:
         weights = self.parts["net"].state_dict().values()
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():
             raise UserError(f"training diverged before step {step}: weights are not finite; the "
-                            f"last checkpoint is from before: try a smaller --lr or --precision fp32")
+                            f"last checkpoint is from before: try a smaller --lr, or --precision "
+                            f"fp32")
         if self.ctx.main:
             state = self.about | dict(step=step + self.first_step, steps=self.steps) | state
             checkpoint.save(self.path / name, state)
@@ -183,7 +188,9 @@ class RunFolder:
             self.ctx.say("stopped by a signal; the same command resumes")
             raise SystemExit(143)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, (lambda n, _: self.stop.append(n)) if catch else signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                handler = (lambda n, _: self.stop.append(n)) if catch else signal.SIG_DFL
+                signal.signal(number, handler)
 
     def stop_if_asked(self, step):
         """Save and end the process if one of the processes got a signal. Several processes ask one

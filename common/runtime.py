@@ -5,7 +5,9 @@ from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from common.random import Random
@@ -66,8 +68,8 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype)
 
     def place(self, module):
-        """To the device, in channels_last order, batch normalisation synchronised over processes.
-        Before the optimiser is made: parameters may be replaced."""
+        """To the device, in channels_last order, batch normalisation synchronised over
+        processes."""
         return self.synchronise_bn(module).to(self.device, memory_format=torch.channels_last)
 
     def wrap(self, module, compiled=False):
@@ -81,20 +83,14 @@ class Runtime:
         return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
 
     def synchronise_bn(self, module):
-        """Replace BatchNorm2d by a synchronised one when there are several processes."""
+        """Make every BatchNorm2d a synchronised one, in place, if there are several processes."""
         if self.world == 1:
             return module
-        if self.device.type == "cuda":
-            return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d):
-                sync = CpuSyncBatchNorm(child.num_features, child.eps, child.momentum)
-                sync.load_state_dict(child.state_dict())
-                sync.weight, sync.bias = child.weight, child.bias  # with their requires_grad
-                sync.train(child.training)
-                setattr(module, name, sync)
-            else:
-                self.synchronise_bn(child)
+        for norm in module.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.__class__ = SyncBatchNorm  # parameters, buffers and settings stay as they are
+                norm.rank = self.rank
+                norm.world = self.world
         return module
 
     def share(self, count, flag="--batch"):
@@ -161,34 +157,56 @@ class Runtime:
         return Random(key, self.device, self.rank, self.world)
 
 
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class CpuSyncBatchNorm(nn.BatchNorm2d):
-    """Batch statistics over all processes' samples, as torch's SyncBatchNorm on accelerators."""
+class SyncBatchNorm(nn.BatchNorm2d):
+    """Batch statistics over all processes, which have equal shares of the batch, in the precision
+    of the running ones. torch's own allows unequal shares: for them the host waits for the GPU."""
+    rank = 0
+    world = 1
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        count = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _SumOverProcesses.apply(x.sum((0, 2, 3))) / count
-        centred = x - mean[:, None, None]
-        var = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        if self.track_running_stats:
-            with torch.no_grad():
+        with torch.no_grad():
+            parts = self.running_mean.new_zeros(self.world, 2, self.num_features)
+            unused = torch.zeros_like(parts[0])
+            local = torch.batch_norm_update_stats(x, *unused, 0.0)  # mean and variance, both [C]
+            torch.stack(local, out=parts[self.rank])
+            dist.all_reduce(parts)  # the others are 0: a gathering
+            means, variances = parts.unbind(1)
+            between, mean = torch.var_mean(means, 0, correction=0)
+            var = variances.mean(0) + between  # Chan et al.; means of squares would cancel digits
+            count = x.numel() // self.num_features * self.world
+            if self.track_running_stats:
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)
-                self.running_var.lerp_(var * count / (count - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(var + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+        return _Normalise.apply(x, self.weight, self.bias, mean, var, self.eps, count)
+
+
+class _Normalise(torch.autograd.Function):
+    """x^ * weight + bias, x^ = (x - mean) / sqrt(var + eps): `mean` and `var` are those of the
+    `count` values that all processes have per channel, and depend on x in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, mean, var, eps, count):
+        ctx.save_for_backward(x, weight, mean, var)
+        ctx.eps = eps
+        ctx.count = count
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        """dx = scale * (dy - mean(dy) - x^ * mean(dy * x^)), scale = weight / sqrt(var + eps), with
+        means over all processes; of weight and bias only this process's share, DDP averages"""
+        x, weight, mean, var = ctx.saved_tensors
+        inverse_std = torch.rsqrt(var + ctx.eps)
+        _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            grad, x, weight, None, None, mean, inverse_std, True, ctx.eps, [False, True, True])
+        sums = torch.stack([grad_weight, grad_bias])  # of dy * x^ and of dy
+        dist.all_reduce(sums)
+        scale = weight * inverse_std
+        at_x, constant = scale * sums / -ctx.count
+        grad_x = F.batch_norm(x, mean, var, at_x, constant, eps=ctx.eps)
+        grad_x.addcmul_(grad, scale[:, None, None])
+        return grad_x, grad_weight, grad_bias, None, None, None, None

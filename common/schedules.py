@@ -20,6 +20,18 @@ def set_lr(optimizer, lr):
         group["lr"] = lr * group.get("lr_mult", 1.0)
 
 
+def momentum_sgd(groups, lr, weight_decay, nesterov=False):
+    """SGD with momentum 0.9, whose buffers begin as zeros: torch's fused SGD would begin with
+    memory that holds anything if fp16's scaler skips a first step, and wants all of a group at once.
+    """
+    optimizer = torch.optim.SGD(groups, lr, 0.9, weight_decay=weight_decay, nesterov=nesterov,
+                                fused=True)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
 RAMPS = {  # shapes on x in [0, 1] (CCT, Fig. 8)
     "gaussian": lambda x: math.exp(-5 * (1 - x) ** 2),
     "exp": lambda x: math.exp(5 * (x - 1)),
@@ -55,13 +67,16 @@ def update_ema(teacher, student, decay, buffers="copy"):
     """
     mine = list(teacher.parameters())
     theirs = [p.detach() for p in student.parameters()]
+    copied = {}
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
         if buffers == "ema" and buffer.is_floating_point():
             mine.append(buffer)
             theirs.append(source)
         elif buffers != "keep":
-            buffer.copy_(source)
+            copied.setdefault(buffer.dtype, []).append((buffer, source))
     torch._foreach_lerp_(mine, theirs, 1 - decay)
+    for pairs in copied.values():  # one kernel each; of mixed dtypes it would be one per buffer
+        torch._foreach_copy_(*zip(*pairs))
 
 
 if __name__ == "__main__":  # python -m common.schedules ramps.png

@@ -46,6 +46,7 @@ class BaseConfig:
     split: str = option("", "file that lists the labelled images, instead of a seeded draw")
     seed: int = option(0, "seed of draw, initialisation and augmentation", within=(0, None))
     supervised: bool = option(False, "the baseline: labelled images only, same network, same steps")
+    released: bool = option(False, "settings of the authors' code where it differs; flags win")
     steps: int | None = option(None, "training steps", within=POSITIVE, replaces="epochs")
     out: str = option("", "run folder [runs/<script>-<data>-<labeled>-seed<k>-<settings>]; the "
                           "same command resumes the run in it", free=True, scoring=True)

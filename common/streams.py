@@ -67,22 +67,27 @@ def endless(stream, batch, start_step, workers, ctx):
     """Iterator of device batches of the stream, from step `start_step` on. batch: per process."""
     steps = Steps(start_step, batch, ctx.rank, ctx.world)
     loader = DataLoader(stream, batch_sampler=steps, num_workers=workers,
-                        pin_memory=ctx.device.type == "cuda", worker_init_fn=ignore_signals,
+                        pin_memory=ctx.device.type == "cuda",
                         prefetch_factor=4 if workers else None)
-    for samples in loader:
+    for samples in start(loader):
         yield to_device(samples, ctx.device)
 
 
-def ignore_signals(_):
-    """A signal to all processes is the main one's affair: it stops, and ends its workers."""
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def start(loader):
+    """iter(loader), whose workers have these signals blocked from their first moment on: a signal
+    to all processes is the main one's affair, which stops, and ends its workers."""
+    signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
 
 
 @atexit.register
 def kill_workers():
     """At the end of the process, however it comes: multiprocessing would ask workers with SIGTERM,
-    which they ignore, and wait for them for ever."""
+    which they do not get, and wait for them for ever."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call their end an error
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -118,6 +123,6 @@ def once(split, transform, batch, workers, ctx):
     """Iterator of device batches over a split; batch 1 unless all its images have one size."""
     scored = Scored(split, transform, ctx)
     loader = DataLoader(scored, batch_size=batch, num_workers=min(workers, len(scored)),
-                        pin_memory=ctx.device.type == "cuda", worker_init_fn=ignore_signals)
-    for samples in loader:
+                        pin_memory=ctx.device.type == "cuda")
+    for samples in start(loader):
         yield to_device(samples, ctx.device)

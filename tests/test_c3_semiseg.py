@@ -317,11 +317,13 @@ def test_eq2_consistency(groups, divide):
 def test_losses_of_nothing_are_zero_with_a_graph():
     logits, f = normal(0, 2, C, 4, 4).requires_grad_(), normal(1, 4, 3).requires_grad_()
     q = logits.detach().softmax(1)
-    classes = torch.tensor([0, 0, 1, 1])
+    rows = f[None]
+    classes = torch.tensor([[0, 0, 1, 1]])
     for loss, x in ((c3.cross_entropy(logits, torch.full((2, 4, 4), 255), 2), logits),
                     (c3.consistency(logits, q, torch.zeros(2, 4, 4, dtype=torch.bool), 2), logits),
-                    (c3.contrastive(f, f, classes, classes > 9), f),
-                    (c3.contrastive(f, f, 0 * classes, classes < 9), f)):  # no negatives
+                    (c3.contrastive(rows, rows, classes, classes > 9), f),
+                    (c3.contrastive(rows[:, :0], rows[:, :0], classes[:, :0], classes[:, :0] > 9), f),
+                    (c3.contrastive(rows, rows, 0 * classes, classes < 9), f)):  # no negatives
         assert loss == 0
         assert not gradient(loss, x).any()
 
@@ -340,12 +342,11 @@ def naive_contrastive(f, keys, classes, valid, tau):
     return total / len(rows)
 
 
-@pytest.mark.parametrize("rows", [512, 7])
-def test_eq5_equals_the_double_loop(rows):
-    f, keys = normal(0, 26, 8).requires_grad_(), normal(1, 26, 8).requires_grad_()
-    classes, valid = ids(2, 26, ignore=0, high=3), normal(3, 26) > -0.8
-    expected = naive_contrastive(f, keys, classes, valid, 0.15)
-    loss = c3.contrastive(f, keys, classes, valid, 0.15, rows)
+def test_eq5_equals_the_double_loop():
+    f, keys = normal(0, 2, 26, 8).requires_grad_(), normal(1, 2, 26, 8).requires_grad_()
+    classes, valid = ids(2, 2, 26, ignore=0, high=3), normal(3, 2, 26) > -0.8
+    expected = sum(naive_contrastive(*group, 0.15) for group in zip(f, keys, classes, valid)) / 2
+    loss = c3.contrastive(f, keys, classes, valid, 0.15)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for x in (f, keys):
         torch.testing.assert_close(gradient(loss, x), gradient(expected, x))
@@ -363,10 +364,10 @@ def test_hard_and_easy_cells_fill_each_other_up(available, kept):
     number = torch.arange(150).view(1, 1, 1, 150)  # stands for a cell's embedding
     classes = torch.where(number[0] < hard + easy, 1, 255)
     logits = F.one_hot((number[0] >= hard).long(), C).permute(0, 3, 1, 2).float()
-    f, keys, valid = c3.sample(number.float(), 2.0 * number, classes, logits, Random().uniform(1, 150))
-    assert torch.equal(2 * f, keys)
-    cells = f.view(C, 20)[1].tolist()
-    assert valid.view(C, 20).any(1).tolist() == [False, kept is not None, False, False, False]
+    f, keys, c, valid = c3.sample(number.float(), 2.0 * number, classes, logits, Random().uniform(1, 150))
+    assert torch.equal(2 * f, keys) and valid.all()
+    cells = f.flatten().tolist()
+    assert c.tolist() == ([[1] * 20] if kept else [[]])
     if kept:
         assert len(set(cells)) == 20 and max(cells) < hard + easy
         assert sum(cell < hard for cell in cells) == kept[0]
@@ -422,6 +423,22 @@ def test_eq5_over_the_chosen_images(values, groups):
     images = [f for f, *_ in kinds.values()]
     found, wanted = (torch.autograd.grad(x, images, materialize_grads=True) for x in (loss, expected))
     torch.testing.assert_close(found, wanted)
+
+
+def test_a_gpu_that_is_not_asked_for_the_number_of_rows_computes_the_same(monkeypatch):
+    kinds = dict(labelled=image_set(0), unlabelled=image_set(10))
+    f = kinds["labelled"][0]
+    u = Random().uniform(2, 9 * 13)
+    for views, rows in ((25, 4 * 25), (30, 3 * 30)):  # all 4 classes; no more than 3 of 31 cells
+        cfg = config(views=views)
+        loss = c3.contrast(kinds, 3, 2, cfg, CTX)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "is_cuda", True)
+            everything = c3.contrast(kinds, 3, 2, cfg, CTX)
+            *_, valid = c3.sample(*kinds["labelled"], u, views, groups=2)
+        assert valid.shape == (2, rows) and not valid.all() and valid.any()
+        torch.testing.assert_close(everything, loss)
+        torch.testing.assert_close(gradient(everything, f), gradient(loss, f))
 
 
 @pytest.mark.parametrize("values", [dict(contrast="unlabelled"), dict(contrast_burn_in=False)])

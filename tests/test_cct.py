@@ -17,7 +17,7 @@ from common.miou import ConfusionMatrix
 from common.random import Random
 from common.regions import find_blobs
 from common.runtime import Runtime
-from common.schedules import RAMPS, poly, ramp, set_lr
+from common.schedules import RAMPS, momentum_sgd, poly, ramp, set_lr
 from common.settings import UserError
 from common.vat import unit
 
@@ -103,6 +103,23 @@ def test_optimizer_holds_every_parameter_once_at_its_rate():
     expected = dict.fromkeys([*net.parameters(), *others], 0.00535887)
     expected |= dict.fromkeys(net.encoder.backbone.parameters(), 0.000535887)
     assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_momentum_begins_with_zeros_even_if_the_first_step_is_skipped(monkeypatch):
+    """fp16's scaler skips a step whose gradients overflow; torch's own buffers are then uninitialised."""
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: torch.full_like(*a, math.nan, **k))
+    p = torch.nn.Parameter(torch.ones(3))
+    idle = torch.nn.Parameter(torch.ones(2))
+    optimizer = momentum_sgd([dict(params=[p, idle])], 0.1, 0.5)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for gradient in (math.inf, 1.0, 2.0):
+        p.grad = scaler.scale(torch.full((3,), gradient))
+        scaler.step(optimizer)
+        scaler.update()
+    first = 1 - 0.1 * (1 + 0.5)  # gradient and weight decay
+    second = first - 0.1 * (0.9 * 1.5 + 2 + 0.5 * first)
+    torch.testing.assert_close(p.detach(), torch.full((3,), second))
+    assert torch.equal(idle.detach(), torch.ones(2))
 
 
 def test_decoder_has_the_layers_of_table_11():
@@ -369,7 +386,7 @@ def trained(monkeypatch, tmp_path):
             masks = rng.integers(0, domains[number], (6, 24, 32), dtype=np.uint8)
             if ignored:
                 masks[:] = 255
-            split = types.SimpleNamespace(image=images.__getitem__, mask=masks.__getitem__)
+            split = types.SimpleNamespace(image=images.__getitem__, mask=masks.__getitem__, fingerprint="")
             data = types.SimpleNamespace(
                 name=name, classes=tuple("abcdefg"[:domains[number]]), notes=(), scored_on="val",
                 palette=np.zeros((domains[number], 3), np.uint8), train=split, val=Nothing())
@@ -588,7 +605,9 @@ def test_domains_have_the_settings_of_their_own_presets():
     assert [d.long_side for d in domains.values()] == [None, None, 400, 400]
     assert {d.batch for d in domains.values()} == {4} and {d.backbone for d in domains.values()} == {"resnet50"}
     forced = settled("--data camvid+folder --size 64 --labeled 20")
-    assert [(d.size, d.long_side, d.labeled) for d in forced.values()] == [((64, 64), None, "20")] * 2
+    assert [(d.size, d.long_side, d.crop, d.labeled) for d in forced.values()] == [((64, 64), None, None, "20")] * 2
+    cropped = settled("--data folder --size 64 --crop 32")["folder"]
+    assert (cropped.size, cropped.crop) == ((64, 64), (32, 32))
     table2 = settled("--data cityscapes+camvid --labeled 50+100")
     assert [(d.labeled, d.epochs) for d in table2.values()] == [("50", 50), ("100", 50)]
     assert [(d.labeled, d.epochs) for d in settled("--data cityscapes+sunrgbd13").values()] == [("1500", 100)] * 2
@@ -627,13 +646,29 @@ def test_domains_take_turns_and_the_idle_one_does_not_move(trained):
     assert not torch.equal(record.weights[0][0], record.weights[1][0])
 
 
-def test_each_domain_reads_its_own_images(trained):
-    record = trained(domains=(C, C), steps=3)
-    alone = trained()
-    torch.testing.assert_close(column(record.folder, "loss_s")[1], column(alone.folder, "loss_s")[1])
-    second = [cct.streams(domain, 0, CTX) for domain in record.domains]
-    images = [next(batches_l)[0] for batches_l, _ in second]
-    assert not torch.equal(*images)
+@pytest.mark.parametrize("step, domain", [(1, 0), (2, 1)])
+def test_each_domain_reads_its_own_images(trained, step, domain):
+    record = trained(domains=(C, 3), steps=step, lr=0.0)  # no step moves anything but BN's statistics
+    x, y = next(cct.streams(record.domains[domain], 0, CTX)[0])
+    loss_s = F.cross_entropy(record.net(x, domain), y)
+    assert column(record.folder, "loss_s")[step] == pytest.approx(loss_s.item(), rel=1e-4)
+
+
+def test_reversed_gradient_keeps_z_to_the_bit():
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        z = normal(0, 100).to(kind).requires_grad_()
+        out = cct.reverse_gradient(z, 77.0)
+        assert torch.equal(out, z)
+        out.sum().backward()
+        assert (z.grad == -77).all()
+
+
+def test_classifier_sees_photographs_as_in_the_code():
+    voc = cct.classifier_settings(cct.Config(**cct.PRESETS["voc"]))
+    low, high = (int(voc.long_side * scale) for scale in voc.scale)
+    assert (low, high, voc.crop) == (320, 640, (512, 512))
+    camvid = cct.Config(**cct.PRESETS["camvid"])
+    assert cct.classifier_settings(camvid) == camvid
 
 
 def test_mean_of_the_domains_is_scored_and_logged(trained, monkeypatch):
@@ -657,11 +692,11 @@ def test_mean_of_the_domains_is_scored_and_logged(trained, monkeypatch):
 def test_discriminator_has_the_layers_of_table_8():
     discriminator = cct.Discriminator(CHANNELS, 2)
     x = features()
-    for conv, channels in zip(discriminator.convs, (64, 128, 256, 512), strict=True):
+    for conv, channels in zip(list(discriminator)[:-1:2], (64, 128, 256, 512), strict=True):
         x = F.leaky_relu(F.conv2d(x, conv.weight, conv.bias, padding=1), 0.2)
         assert x.shape == (2, channels, SIDE, SIDE)
-    torch.testing.assert_close(discriminator(features()), F.conv2d(x, discriminator.last.weight,
-                                                                   discriminator.last.bias))
+    last_layer = discriminator[-1]
+    torch.testing.assert_close(discriminator(features()), F.conv2d(x, last_layer.weight, last_layer.bias))
     assert discriminator(features()).shape == (2, 2, SIDE, SIDE)
 
 

@@ -1,16 +1,20 @@
 """Backbones, transforms, streams, schedules, checkpoints, shapes: what all scripts stand on."""
+import copy
+import os
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import torchvision
 from PIL import Image
 from torch import nn
 
 from common import checkpoint, transforms
 from common.backbones import (ASPP, PSP, RESNETS, DeepLabResNet, DeepLabV2, DeepLabV3Plus, ResNet,
-                              load_matching, load_weights, upsample)
+                              hold_bn, load_matching, load_weights, upsample)
 from common.datasets.shapes import draw, open_shapes
 from common.random import Random, mix
 from common.runtime import Runtime
@@ -230,6 +234,69 @@ def test_draws_of_a_rank_are_its_rows_of_the_single_process_draw(world):
 
 def test_keys_give_streams_of_their_own():
     assert len({mix(1, 23), mix(12, 3), *(mix(0, "a", k) for k in range(98))}) == 100
+
+
+NORMS = {  # of two processes: the samples' dtype and mean, then what holds
+    "float32": (torch.float32, 0, ""), "float64": (torch.float64, 0, ""),
+    "bfloat16": (torch.bfloat16, 0, ""), "far from 0": (torch.float32, 300, ""),
+    "affine": (torch.float32, 0, "affine"), "frozen": (torch.float32, 0, "frozen"),
+    "no statistics": (torch.float32, 0, "statistics")}
+
+
+def normalise(case, ctx):
+    """Two training steps on this process's share of four samples
+    -> {of each sample}, {summed over processes}, {the same on each}"""
+    dtype, mean, held = NORMS[case]
+    torch.manual_seed(0)
+    norms = [nn.BatchNorm2d(3, momentum=0.3), nn.BatchNorm2d(5)]
+    for norm in norms:
+        nn.init.uniform_(norm.weight, -1, 1)
+        nn.init.uniform_(norm.bias)
+        norm.track_running_stats = held != "statistics"
+    net = nn.Sequential(norms[0], nn.ReLU(), nn.Conv2d(3, 5, 3), norms[1])
+    precision = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy = torch.randn(2, 4, 3, 6, 7, dtype=precision), torch.randn(4, 5, 4, 5, dtype=precision)
+    x = x * torch.rand(4, 1, 1, 1) + torch.rand(4, 1, 1, 1) + mean
+    net = ctx.place(net.to(precision))
+    hold_bn(net, held if held in ("affine", "frozen") else "learn")
+    share = slice(ctx.rank * 4 // ctx.world, (ctx.rank + 1) * 4 // ctx.world)
+    for step in range(2):
+        mine = x[step, share].contiguous(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = net(mine)
+        y.backward(dy[share].to(dtype))
+    assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+    gradients = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    in_eval = copy.deepcopy(net).eval()(mine)
+    return dict(y=y, dx=mine.grad, eval=in_eval), gradients, net.state_dict()
+
+
+def norms_of_two_processes(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    ctx = Runtime("cpu")
+    found = {}
+    for case in NORMS:
+        samples, gradients, state = normalise(case, ctx)
+        both = {name: ctx.gather(value[None]) for name, value in state.items()}
+        assert all(torch.equal(*values) for values in both.values())
+        found[case] = ({name: ctx.gather(value) for name, value in samples.items()},
+                       {name: ctx.sum(value) for name, value in gradients.items()}, state)
+    if ctx.main:
+        torch.save(found, folder / "found.pt")
+    ctx.close()
+
+
+def test_batch_normalisation_of_two_processes_is_that_of_all_samples(tmp_path):
+    mp.spawn(norms_of_two_processes, (tmp_path,), nprocs=2)
+    ctx = Runtime("cpu")
+    for case, parts in torch.load(tmp_path / "found.pt").items():
+        tolerance = {"float64": 1e-11, "bfloat16": 0.2, "far from 0": 1e-3}.get(case, 1e-5)
+        for found, wanted in zip(parts, normalise(case, ctx)):
+            assert found.keys() == wanted.keys()
+            for name in wanted:
+                torch.testing.assert_close(found[name], wanted[name], rtol=tolerance,
+                                           atol=tolerance, msg=lambda text: f"{case}, {name}: {text}")
 
 
 @pytest.mark.parametrize("buffers, mean, counter", [("copy", 7, 1), ("ema", 0.7, 1), ("keep", 0, 0)])

@@ -35,11 +35,13 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import c3_semiseg as c3
 import cct
+import fixtures
 import s4gan_mlmt as s4
 import three_stage as ts
 from common import randaugment
 from common import transforms as T
-from common.backbones import PSP
+from common.backbones import DEEP_STEM, PSP
+from common.checkpoint import load_network
 from common.command_line import parse
 from common.miou import ConfusionMatrix
 from common.regions import find_blobs
@@ -1005,7 +1007,8 @@ def test_c3_views(release, monkeypatch):
 
 # ---------------------------------------------------------------------- CCT
 
-CCT_NAMES = {r"n\.encoder\.base\.0\.0\.0": "n.backbone.conv1", r"n\.encoder\.base\.0\.0\.1": "n.backbone.bn1",
+CCT_NAMES = {**{rf"n\.encoder\.base\.0\.0\.{theirs}": f"n.backbone.{ours}"
+                for theirs, ours in DEEP_STEM.items()},
              r"n\.encoder\.base\.": "n.backbone.layer", r"n\.encoder\.psp\.stages": "n.psp.branches",
              r"n\.encoder\.psp\.bottleneck": "n.psp.fuse", r"n\.main_decoder\.upsample\.0": "n.main.adapt",
              **{rf"n\.main_decoder\.upsample\.{k + 1}\.conv": f"n.main.subpixel.{k}" for k in range(3)},
@@ -1016,22 +1019,24 @@ KINDS = {"i_vat": "vat", "dropout": "drop", "g_cutout": "cutout", "con_msk": "co
          "obj_msk": "object_masking", "f_drop": "feature_drop", "f_noise": "feature_noise"}  # ours: theirs
 
 
-def cct_pair(load):
-    """Their settings and network, one decoder of each kind, and our parts with its weights. Its ResNet, whose
-    stem would be three convolutions (D13), is torchvision's."""
-    def backbone(**_):
-        net = cct.ResNet("resnet50")
-        net.prefix = nn.Sequential(net.conv1, net.bn1, net.relu)
-        return net
+def small_cct(load):
+    """Its ResNet is small"""
+    resnets = load("models.backbones.resnet_models")
+    load("models.backbones.resnet_backbone").deepbase_resnet50 = lambda pretrained: resnets.ResNet(
+        resnets.Bottleneck, LAYERS, deep_base=True, norm_type="batchnorm")
 
+
+def cct_pair(load):
+    """Their settings and network, one decoder of each kind, and our parts with its weights"""
     conf = json.loads(Path(load("models").__file__).parents[1].joinpath("configs/config.json").read_text())
     assert [conf["model"][kind] for kind in KINDS.values()] == [cct.PERTURBATIONS[kind] for kind in KINDS]
     conf["model"] |= dict.fromkeys(KINDS.values(), 1)
-    load("models.encoder").ResNetBackbone = backbone
+    small_cct(load)
     losses = load("utils.losses")
     weight = losses.consistency_weight(conf["unsupervised_w"], iters_per_epoch=3, rampup_ends=2)
     theirs = load("models.model").CCT(5, conf["model"], losses.CE_loss, weight, 255, pretrained=False)
-    ours = nn.ModuleDict(dict(backbone=cct.ResNet("resnet50"), psp=PSP(2048), main=cct.Decoder(512, 5),
+    ours = nn.ModuleDict(dict(backbone=cct.ResNet("resnet50", stem="deep"), psp=PSP(2048),
+                              main=cct.Decoder(512, 5),
                               aux=nn.ModuleList(cct.Decoder(512, 5) for _ in KINDS)))
     nn.ModuleDict(dict(n=ours)).load_state_dict(renamed(joined(dict(n=theirs)), CCT_NAMES), strict=False)
     return conf, theirs, ours
@@ -1081,8 +1086,9 @@ def test_cct_steps(double, release, small, monkeypatch):
     """2 steps of their Trainer with all seven perturbations and of a loop of our functions: losses, gradients
     and weights; rounding of float64, which I-VAT's xi of 1e-6 makes larger
 
-    Taken back: D5 (--drop-range 0.7 0.9), D6 (--vat-released), D7 (blobs), D13 (stem)."""
+    Taken back: D5 (--drop-range 0.7 0.9), D6 (--vat-released), D7 (blobs)."""
     load = release("CCT")
+    torch.manual_seed(1)  # then every perturbation hides something
     sys.modules["tqdm"].tqdm = lambda x, **_: MagicMock(__iter__=lambda _: iter(x))
     conf, theirs, ours = cct_pair(load)
     conf["trainer"] |= dict(epochs=20, val=False)
@@ -1199,3 +1205,82 @@ def test_cct_images(release, monkeypatch):
         ours, _ = cct.Augment(cfg)(image, mask, rng)
         gap = np.abs(T.denormalise(ours).astype(int) - T.denormalise(x)).max()
         agree("cct", "augmentation: greys", int(gap), 2)
+
+
+# ---------------------------------------------------------------------- files
+
+def saved_by(trainer, net, best=np.float64(0.613)):
+    """best_model.pth, written by their BaseTrainer"""
+    trainer = object.__new__(trainer)
+    vars(trainer).update(model=nn.DataParallel(net), optimizer=torch.optim.Adam(net.parameters()),
+                         mnt_best=best, config=dict(arch=dict(args=dict(freeze_bn=True))),
+                         checkpoint_dir=".", logger=MagicMock())
+    trainer._save_checkpoint(5, save_best=True)
+    return "best_model.pth"
+
+
+def agree_opened(monkeypatch, script, path, logits, flags="", name=None):
+    """--evaluate opens their file on four classes, and its network gives their logits, {image: logits}"""
+    nets = []
+    monkeypatch.setattr(torchvision.models, "resnet101", torchvision.models.resnet50)
+    monkeypatch.setattr(script, "load_network", lambda *a: nets.append(load_network(*a)) or nets[0])
+    fixtures.make_folder("data/folder")
+    flags = f"--data folder --root data/folder --device cpu --workers 0 {flags}"
+    script.main(["--evaluate", path, *flags.split()])
+    for x, theirs in logits.items():
+        agree(name or script.__name__, "files: logits", differ(nets[0].eval()(x), theirs), 1e-5)
+
+
+def test_cct_file(release, small, monkeypatch):
+    """best_model.pth, of the network with the deep stem: rounding of float32"""
+    load = release("CCT")
+    conf = json.loads(Path(load("models").__file__).parents[1].joinpath("configs/config.json").read_text())
+    small_cct(load)
+    theirs = load("models.model").CCT(4, conf["model"], nothing, nothing, 255, pretrained=False).eval()
+    path = saved_by(load("base.base_trainer").BaseTrainer, theirs)
+    x = images(2, 64)
+    agree_opened(monkeypatch, cct, path, {x: theirs.main_decoder(theirs.encoder(x))})
+
+
+def test_s4gan_files(release, small, monkeypatch):
+    """VOC_30000.pth for images of 0..255 less the mean; a classifier: rounding of float32"""
+    deeplab = release("semisup-semseg")("model.deeplabv2")
+    theirs = deeplab.ResNet(deeplab.Bottleneck, LAYERS, 4)
+    pretrained(theirs)
+    torch.save(nn.DataParallel(theirs).state_dict(), "VOC_30000.pth")
+    x = 255 * torch.rand(1, 3, 128, 128)
+    mean = torch.tensor((104.00698793, 116.66876762, 122.67891434))[[2, 1, 0], None, None]
+    logits = F.interpolate(theirs.eval()(x - mean), (128, 128), mode="bilinear", align_corners=True)
+    x = T.normalise(x / 255)
+    agree_opened(monkeypatch, s4, "VOC_30000.pth", {x: logits}, "--input-scale caffe", "s4gan")
+    theirs = small()
+    theirs.fc = nn.Linear(2048, 4)
+    torch.save(nn.DataParallel(theirs).state_dict(), "classifier.pth")
+    x = images(2, 64)
+    agree_opened(monkeypatch, s4, "classifier.pth", {x: theirs.eval()(x)}, name="mlmt")
+
+
+@pytest.mark.parametrize("branch", [0, 1, 2])
+def test_three_stage_file(release, small, monkeypatch, branch):
+    """model_best.pth, of every stage: rounding of float32"""
+    deeplab = release(RK)("architectures.deeplab2")
+    theirs = deeplab.ResNetDeepLab(deeplab.Bottleneck, LAYERS, 4, None, None, doublehead=branch)
+    pretrained(theirs)
+    torch.save(theirs.state_dict(), "model_best.pth")
+    x = images(1, 128)
+    logits = theirs.eval()(x)
+    agree_opened(monkeypatch, ts, "model_best.pth", {x: logits[0] if branch else logits})
+
+
+def test_c3_file(release, small, monkeypatch):
+    """best_model.pth: rounding of float32"""
+    load = release("C3-SemiSeg")
+    load("base")
+    deeplab = load("models.deeplabv2")
+    make_layer = deeplab.ResNet._make_layer
+    deeplab.ResNet._make_layer = lambda self, block, planes, blocks, *a, **kw: make_layer(
+        self, block, planes, min(blocks, LAYERS[planes.bit_length() - 7]), *a, **kw)
+    theirs = deeplab.DeepLabV2(4, pretrained=False).eval()
+    pretrained(theirs)
+    x = images(1, 128)
+    agree_opened(monkeypatch, c3, saved_by(load("base.base_trainer").BaseTrainer, theirs), {x: theirs(x)})

@@ -22,8 +22,11 @@ from PIL import Image
 
 import fixtures
 from common import checkpoint
+from common.datasets.shapes import open_shapes
 from common.runtime import Runtime
 from common.settings import UserError
+from common.streams import Stream, endless
+from common.transforms import to_tensors
 
 each_script = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -112,7 +115,7 @@ def test_a_signal_to_all_processes_saves_and_the_run_goes_on(whole, tiny, tmp_pa
 
 
 def test_a_crash_with_workers_ends_the_process():
-    """Workers ignore SIGTERM, with which Python would end them, and then wait for them, at its exit."""
+    """Workers do not get the SIGTERM with which Python would end them, and then wait for them, at its exit."""
     code = ("import sys; sys.path.insert(0, 'tests')\n"
             "from common.datasets.shapes import open_shapes; from common.runtime import Runtime\n"
             "from common.streams import Stream, endless; from common.transforms import to_tensors\n"
@@ -121,6 +124,21 @@ def test_a_crash_with_workers_ends_the_process():
             "next(batches); raise RuntimeError('crash')")
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, capture_output=True, text=True)
     assert process.returncode == 1 and "RuntimeError: crash" in process.stderr
+
+
+def test_signals_are_blocked_in_workers_from_their_birth_on(monkeypatch):
+    """A worker that is told to end before it could say that it will not, would end the run with it."""
+    fork, seen = os.fork, []
+
+    def forked():
+        seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return fork()
+    monkeypatch.setattr(os, "fork", forked)
+    stream = Stream(open_shapes().val, range(9), lambda x, y, rng: to_tensors(x, y), 0, "s", True)
+    next(endless(stream, 2, 0, 2, Runtime("cpu")))
+    assert len(seen) == 2
+    assert all({signal.SIGTERM, signal.SIGHUP, signal.SIGINT} <= mask for mask in seen)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_a_signal_to_torchrun_saves(tiny, tmp_path):
@@ -374,7 +392,7 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
         "--confidence 0.6", "--pairwise 1", "--perturbations f_noise", "--k 2", "--drop-range 0.2 0.3",
         "--noise 0.9", "--dropout 0.9", "--cutout 0.9", "--background 1,2", "--vat-eps 40", "--vat-xi 10",
         "--vat-released", "--supervised-loss ab_ce", "--weight-decay 0.1", "--backbone-lr-mult 0.1",
-        "--decoder-init icnr", "--no-last-relu", "--seed 1", "--no-flip", "--shift 5", "--scale 0.8 0.9",
+        "--decoder-init icnr", "--no-last-relu", "--stem deep", "--seed 1", "--no-flip", "--shift 5", "--scale 0.8 0.9",
         "--long-side 64", "--crop 40", "--labeled 4", "--optimizer adam",
         ["--steps 2 --supervised", "--steps 2 --method vat", "--steps 2 --method mean_teacher"]),
     "cct, domains": ("--steps 4 --k 1 --data folder+folder --adversarial", "--lambda-adv 9", "--labeled 5+4",
@@ -405,7 +423,7 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
         "--gamma 0.5 --aspp-rates 1,2", "--lambda-fm 5", "--aspp-rates 1", "--lr 0.02", "--batch 3",
         "--lambda-st 5", "--lambda-adv 1", "--gamma 0.9", "--d-dropout elementwise", "--d-width 8",
         "--lr-d 0.1", "--weight-decay 0.1", "--backbone-lr-mult 3", "--head-lr-mult 3", "--optimizer adam",
-        "--pad-label 0", "--scale 1 1", "--shift 3", "--no-flip", "--crop 40",
+        "--input-scale caffe", "--input-scale bgr", "--pad-label 0", "--scale 1 1", "--shift 3", "--no-flip", "--crop 40",
         "--size 40", "--seed 1", ["--supervised --steps 2 --batch 2 --crop 32 --lr 0.01 --scale 0.3 0.4"]),
     "s4gan_mlmt, branch B": (
         "--branch mlmt --mlmt-size 32 --mlmt-epochs 3 --mlmt-batch 3 --mlmt-batch-u 2", "--mlmt-size 40",
@@ -505,3 +523,53 @@ def test_compile(tiny, tmp_path, script):
     name = TWO[script][1].split()[0]
     eager, compiled = column(tmp_path / "eager", name), column(tmp_path / "compiled", name)
     assert list(eager.values()) == pytest.approx(list(compiled.values()), rel=1e-2)
+
+
+def test_domains_of_a_checkpoint_are_scored_and_chosen(tiny, tmp_path, capsys):
+    second = fixtures.make_folder(tmp_path / "second", classes=("sea", "boat", "sky"), n_val=3)
+    first = root_of(tiny["cct"])
+    out = tmp_path / "run"
+    both = ["--data", "folder+folder", "--root", f"{first}+{second}"]
+    run_here("cct", *tiny["cct"], *both, "--steps", 2, "--labeled", "5+4", "--out", out)
+    trained = capsys.readouterr().out
+    assert "folder: 5 labelled" in trained and "folder_2: 4 labelled" in trained
+    assert (out / "predictions-folder.png").exists() and (out / "predictions-folder_2.png").exists()
+    mious = [column(out, f"miou{name}")[2] for name in ("", "_folder", "_folder_2")]
+    assert mious[0] == pytest.approx((mious[1] + mious[2]) / 2, abs=1e-5) and mious[1] != mious[2]
+    for flags, score, images in ((both, mious[0], "2 val + 3 val"), (["--root", f"{first}+{second}"], mious[0], "+ 3"),
+                                 (["--data", "folder_2", "--root", second], mious[2], "3 val images")):
+        run_here("cct", "--evaluate", out / "last.pt", *flags)
+        said = capsys.readouterr().out.strip().splitlines()[-1]
+        assert f"mIoU {100 * score:.1f} on" in said and images in said
+    photos = second / "images/val"
+    for flags, said in ((["--data", "folder_3"], "--data folder_3: .* knows the domains folder, folder_2"),
+                        ([], "choose the one whose classes to predict")):
+        with pytest.raises(UserError, match=said):
+            run_here("cct", "--predict", out / "last.pt", "--images", photos, *flags)
+    run_here("cct", "--predict", out / "last.pt", "--images", photos, "--data", "folder_2", "--out", tmp_path / "p")
+    assert {pixel for path in (tmp_path / "p").glob("*.png") for pixel in np.unique(Image.open(path))} <= {0, 1, 2}
+    run_here("cct", "--predict", out / "last.pt", "--images", photos, "--format", "smoothness", "--out", tmp_path / "m")
+    picture, photo = (Image.open(next(folder.glob("img0.*"))) for folder in (tmp_path / "m", photos))
+    assert picture.size == (3 * photo.width, photo.height)
+
+
+def test_other_images_in_the_same_folder_are_told(tiny, tmp_path):
+    """--root may change, as data move; but these are others."""
+    other = fixtures.make_folder(tmp_path / "other")
+    (other / "images/train/img0.jpg").rename(other / "images/train/new.jpg")
+    (other / "masks/train/img0.png").rename(other / "masks/train/new.png")
+    run_here("cct", *tiny["cct"], "--steps", 1, "--out", tmp_path / "run")
+    moved = fixtures.make_folder(tmp_path / "moved")
+    run_here("cct", *tiny["cct"], "--steps", 1, "--root", moved, "--out", tmp_path / "run")
+    with pytest.raises(UserError, match="was trained on other images than those of folder in --root .*other"):
+        run_here("cct", *tiny["cct"], "--steps", 1, "--root", other, "--out", tmp_path / "run")
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tiny, tmp_path):
+    """As after nohup"""
+    ignoring = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
+    process = subprocess.Popen([sys.executable, ROOT / "cct.py", *map(str, tiny["cct"]), "--out", tmp_path],
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=ignoring)
+    wait_for(lambda: steps_done(tmp_path) >= 1)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 0 and last(tmp_path)["step"] == 6

@@ -1,10 +1,13 @@
 """Class activation maps, pseudo-labels, and the maps of the cluster assumption, each against a slow version."""
+import os
+import signal
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import run_here, start_script, wait_for
 from PIL import Image
 
 from common import cam
@@ -44,7 +47,7 @@ def test_pretrained_layers_that_do_not_learn(pretrained):
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     network(normal(0, 2, 3, 64, 64)).sum().backward()
     learning = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
-    assert {"body.layer4.1.conv2.weight", "classifier.weight"} <= learning
+    assert {"body.layer4.1.conv2.weight", "body.layer4.1.bn2.weight", "classifier.weight"} <= learning
     early = [name for name in learning if name.startswith(("body.conv1", "body.bn1", "body.layer1", "body.layer2"))]
     assert bool(early) != pretrained
     moved = any(not torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
@@ -173,3 +176,39 @@ def test_picture_is_dark_at_the_boundary_of_two_colours():
     for k in (1, 2):
         row = picture[24, 64 * k:64 * (k + 1), 0].astype(int)
         assert row[28:36].min() == 0 and row[:8].min() == 255 and row[-8:].min() == 255
+
+
+# ---- the whole, through the command line
+
+def test_stale_pseudo_labels_are_written_anew_and_a_signal_still_saves(tmp_path, tiny):
+    """Those of a classifier that is gone; and after them the training listens to signals again."""
+    root = tiny["cct"][tiny["cct"].index("--root") + 1]
+    arguments = [*tiny["cct"], "--weak", "--tags", f"{root}/tags.txt", "--weak-epochs", 1]
+    pseudo = tmp_path / "run/weak/pseudo/unlabeled"
+    pseudo.mkdir(parents=True)
+    Image.fromarray(np.full((5, 6), 1, np.uint8)).save(pseudo / "new0.png")
+    process = start_script("cct", *arguments, "--steps", 4000, "--out", tmp_path / "run")
+    wait_for(lambda: process.poll() is not None or (tmp_path / "run/last.pt").exists())
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and "stopped by a signal" in output, output
+    assert Image.open(pseudo / "new0.png").size != (6, 5)
+    with pytest.raises(UserError, match="is a classifier, which segments nothing"):
+        run_here("cct", "--evaluate", tmp_path / "run/weak/last.pt")
+
+
+def test_a_mask_is_read_once_for_all_classes(tmp_path):
+    reads = []
+
+    class Tags:
+        def image(self, i):
+            return np.zeros((20, 24, 3), np.uint8)
+
+        def mask(self, i):
+            reads.append(i)
+            return np.array([True, False, True, True])
+    pseudo = types.SimpleNamespace(path=lambda i: tmp_path / f"{i}.png")
+    cfg = types.SimpleNamespace(size=None, crf=False, background=(0,), thresholds=(0.05, 0.3))
+    network = cam.CamNet("resnet18", 2, 3, False).eval()
+    cam.write_pseudo_label(7, network, pseudo, Tags(), [1, 2, 3], voc_palette()[:4], cfg, CTX)
+    assert reads == [7] and set(np.unique(Image.open(tmp_path / "7.png"))) <= {0, 2, 3, 255}

@@ -5,7 +5,6 @@
     image, mask = data.train.image(i), data.train.mask(i)            # uint8 [H, W, 3]; [H, W]
 """
 from functools import partial
-from hashlib import sha1
 from pathlib import Path
 
 from common.datasets.bdd100k import open_bdd100k
@@ -58,7 +57,7 @@ def open_dataset(name, root, download=False):
                             f"({few(bare)}), and each needs one: unpack the masks again")
         if len(bare) == len(split):
             raise UserError(f"{root}: no training image has a mask. Expected: {data.layout}")
-        here = len(split), sha1("\n".join(split.keys).encode()).hexdigest()[:16]
+        here = len(split), split.fingerprint
         published = data.published.get(part, here)
         if here != published:
             data.notes += (f"{name} {part}: {here[0]} images, fingerprint {here[1]}; the published "

@@ -2,6 +2,7 @@
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha1
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,11 @@ class Split:
 
     def __len__(self):
         return len(self.keys)
+
+    @property
+    def fingerprint(self):
+        """16 hexadecimal digits that tell this list of images from others"""
+        return sha1("\n".join(self.keys).encode()).hexdigest()[:16]
 
     def has_mask(self, i):
         return self.masks[i] is not None

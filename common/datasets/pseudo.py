@@ -1,4 +1,4 @@
-"""Pseudo-masks: what networks took training images for, as palette PNGs in a folder."""
+"""Pseudo-masks, the labels that a network gave to training images: palette PNGs in a folder."""
 import datetime
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +18,16 @@ def mask_path(folder, split, i):
 
 
 def read_mask(path, shape, num_classes):
-    """A pseudo-mask, uint8 [H, W]. UserError if it is not there, not of this shape or classes."""
+    """A pseudo-mask, uint8 [H, W]. UserError if it is not there, of other classes, or not of this
+    shape; None: of any."""
     try:
         mask = np.array(Image.open(path))
     except (OSError, SyntaxError) as error:  # Pillow's errors for missing and damaged files
         raise UserError(f"{path}: expected a pseudo-mask that can be read ({error})") from error
-    fits = mask.shape == shape and mask.dtype == np.uint8
+    fits = (shape is None or mask.shape == shape) and mask.dtype == np.uint8
     if not fits or ((mask >= num_classes) & (mask != IGNORE)).any():
         raise UserError(f"{path}: expected 8-bit ids 0..{num_classes - 1} of (height, width) = "
-                        f"{tuple(shape)}, found {mask.dtype} {mask.shape} up to {mask.max()}")
+                        f"{shape}, found {mask.dtype} {mask.shape} up to {mask.max()}")
     return torch.from_numpy(mask)
 
 
@@ -47,7 +48,7 @@ class PseudoLabelled:
 
     def mask(self, i):
         """uint8 [H, W]: 0..C-1 and 255"""
-        return read_mask(self.path(i), self.image(i).shape[:2], self.num_classes).numpy()
+        return read_mask(self.path(i), None, self.num_classes).numpy()
 
     def write(self, make, indices, workers, ctx):
         """Call make(i), which writes path(i), for all images that lack theirs: shared out over the
@@ -63,7 +64,8 @@ class PseudoLabelled:
                 left = len(missing) - min(done + chunk, len(missing))
                 seconds = round((time.perf_counter() - begin) / (len(missing) - left) * left)
                 if done // chunk % 10 == 0 or not left:
-                    ctx.say(f"pseudo-labels: {len(missing) - left} of {len(missing)} written, "
+                    whose = f" (process 0 of {ctx.world})" if ctx.world > 1 else ""
+                    ctx.say(f"pseudo-labels: {len(missing) - left} of {len(missing)} written{whose}, "
                             f"ETA {datetime.timedelta(seconds=seconds)}")
         ctx.barrier()
 
