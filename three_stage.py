@@ -50,7 +50,7 @@ Commands
   python three_stage.py --data voc --download --labeled 1/50  the paper's Table III, 212 labels
   torchrun --nproc_per_node=2 three_stage.py --data voc       the same on 2 GPUs, 5 images each
   python three_stage.py --evaluate runs/.../last.pt           score a checkpoint
-  python three_stage.py --evaluate model_best.pth --data cityscapes                of the authors' code
+  python three_stage.py --evaluate model_best.pth --data cityscapes             of the authors' code
   python three_stage.py --predict runs/.../last.pt --images photos/                     palette PNGs
 """
 import math

@@ -264,7 +264,7 @@ COPIED = [
     ("cct", "distance", ("js", P, LOGITS)), ("cct", "pairwise", (LOGITS, P)),
     ("three_stage", "cross_entropy", (LOGITS, Y)),
     ("c3_semiseg", "cross_entropy", (LOGITS, Y, 2)), ("c3_semiseg", "consistency", (LOGITS, P, KEEP)),
-    ("c3_semiseg", "contrastive", (LOGITS[0, 0], LOGITS[1, 0], Y[0, :, 0], KEEP[0, :, 0])),
+    ("c3_semiseg", "contrastive", (LOGITS[:1, 0], LOGITS[1:, 0], Y[:1, :, 0], KEEP[:1, :, 0])),
     ("s4gan_mlmt", "cross_entropy", (LOGITS, Y)), ("s4gan_mlmt", "feature_matching", (P[0], P[1])),
     ("s4gan_mlmt", "self_training", (LOGITS, KEEP[:, 0, 0])), ("s4gan_mlmt", "adversarial", (LOGITS[0, 0, 0],)),
     ("s4gan_mlmt", "discriminator_loss", (LOGITS[0, 0, 0], LOGITS[1, 0, 0])),
