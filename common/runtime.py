@@ -198,7 +198,7 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         """dx = scale * (dy - mean(dy) - x^ * mean(dy * x^)), scale = weight / sqrt(var + eps), with
-        means over all processes; of weight and bias only this process's share, DDP averages"""
+        means over all processes; weight and bias get this process's sums, which DDP averages"""
         x, weight, mean, var = ctx.saved_tensors
         inverse_std = torch.rsqrt(var + ctx.eps)
         _, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
