@@ -77,7 +77,12 @@ def start_script(script, *arguments, processes=1):
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return subprocess.Popen([*launch, str(ROOT / f"{script}.py"), *map(str, arguments)], env=ENV, cwd=ROOT,
                             text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            start_new_session=True)
+                            start_new_session=True, preexec_fn=listen)
+
+
+def listen():
+    """Listen to SIGHUP, which is ignored if the tests themselves run under nohup."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def run_script(script, *arguments, processes=1, check=0, timeout=120):

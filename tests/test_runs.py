@@ -87,7 +87,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_equal(whole, tiny, tmp_path
 
 def test_kill_9_in_each_phase_of_weak_labels_then_resume_is_bit_equal(tiny, tmp_path):
     """While the classifier trains, while pseudo-labels are written, and in the training with them"""
-    arguments = [*tiny["cct"], "--weak", "--tags", f"{root_of(tiny['cct'])}/tags.txt", "--weak-epochs", 9]
+    arguments = [*tiny["cct"], "--weak", "--tags", f"{root_of(tiny['cct'])}/tags.txt", "--weak-epochs", 5]
     run_here("cct", *arguments, "--out", tmp_path / "whole")
     folder = tmp_path / "run"
     for reached in (lambda: steps_done(folder) > 3, lambda: list((folder / "weak/pseudo").rglob("*.png")),
@@ -310,7 +310,7 @@ TWO = {  # flags whose result does not hang on float error, and the columns to c
 
 @pytest.mark.parametrize("script, more", [
     *((script, "") for script in SCRIPTS), ("cct", "--data folder+folder --adversarial --steps 4"),
-    ("cct", "--weak --tags {root}/tags.txt --weak-epochs 6 --weak-lr 0.01")])
+    ("cct", "--weak --tags {root}/tags.txt --weak-epochs 2 --weak-lr 0.01")])
 def test_two_processes_equal_one(tiny, tmp_path, script, more):
     """Same losses as one process with the same global batch (BN synchronised), every image scored once."""
     flags, columns = TWO[script]
