@@ -76,8 +76,10 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
     step = part.resume(16, steps, net=net, optimizer=optimizer, scaler=ctx.scaler)
     wrapped = ctx.wrap(net, cfg.compile)
     stream = Stream(tags, everything, TagAugment(augment, objects), cfg.seed, part.path.name, True)
-    batches = endless(stream, ctx.share(16), step, cfg.workers, ctx)
-    ctx.say(f"{ctx}; {data.name}: classifier of the tags of {len(everything)} images, {steps} steps")
+    share = ctx.share(16, "--weak: the classifier's batch of")
+    batches = endless(stream, share, step, cfg.workers, ctx)
+    ctx.say(f"{ctx}; {data.name}: classifier of the tags of {len(everything)} images, {steps} "
+            f"steps")
     net.train()
     while step < steps:
         part.stop_if_asked(step)

@@ -48,8 +48,8 @@ def settings_of_domains(cfg, given, presets, own):
     """
     names = cfg.data.split("+")
     if unknown := [name for name in names if name not in DATASETS]:
-        raise UserError(f"--data {cfg.data}: {unknown[0]!r} is no dataset; expected one, or several "
-                        f"with + between, of {', '.join(DATASETS)}")
+        raise UserError(f"--data {cfg.data}: {unknown[0]!r} is no dataset; expected one, or "
+                        f"several with + between, of {', '.join(DATASETS)}")
     parts = {name: one_each(name, getattr(cfg, name), len(names)) for name in GIVEN_FOR_EACH}
     fields = {field.name: field for field in dataclasses.fields(cfg)}
     from_preset = [name for name in own

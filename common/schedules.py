@@ -22,7 +22,7 @@ def set_lr(optimizer, lr):
 
 def momentum_sgd(groups, lr, weight_decay, nesterov=False):
     """SGD with momentum 0.9, whose buffers begin as zeros: torch's fused SGD would begin with
-    memory that holds anything if fp16's scaler skips a first step, and wants all of a group at once.
+    memory that holds anything if fp16's scaler skips a first step, and wants a whole group at once.
     """
     optimizer = torch.optim.SGD(groups, lr, 0.9, weight_decay=weight_decay, nesterov=nesterov,
                                 fused=True)

@@ -65,7 +65,8 @@ class PseudoLabelled:
                 seconds = round((time.perf_counter() - begin) / (len(missing) - left) * left)
                 if done // chunk % 10 == 0 or not left:
                     whose = f" (process 0 of {ctx.world})" if ctx.world > 1 else ""
-                    ctx.say(f"pseudo-labels: {len(missing) - left} of {len(missing)} written{whose}, "
+                    written = len(missing) - left
+                    ctx.say(f"pseudo-labels{whose}: {written} of {len(missing)} written, "
                             f"ETA {datetime.timedelta(seconds=seconds)}")
         ctx.barrier()
 
