@@ -37,7 +37,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes a minute or more; runs with --slow only")
+    config.addinivalue_line("markers", "slow: runs with --slow only")
 
 
 def pytest_collection_modifyitems(config, items):

@@ -98,6 +98,7 @@ def test_every_script_has_a_list():
     assert len(commands(lists["Train, resume, evaluate, predict"])) > 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heading", lists_of_commands())
 def test_the_commands_of_the_readme_run_one_after_the_other(place, capsys, heading):
     """Each reads what those before it have written."""

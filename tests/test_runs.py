@@ -308,9 +308,10 @@ TWO = {  # flags whose result does not hang on float error, and the columns to c
 }
 
 
-@pytest.mark.parametrize("script, more", [
-    *((script, "") for script in SCRIPTS), ("cct", "--data folder+folder --adversarial --steps 4"),
-    ("cct", "--weak --tags {root}/tags.txt --weak-epochs 2 --weak-lr 0.01")])
+@pytest.mark.parametrize("script, more", [*((script, "") for script in SCRIPTS), *(
+    pytest.param("cct", more, marks=pytest.mark.slow) for more in (
+        "--data folder+folder --adversarial --steps 4",
+        "--weak --tags {root}/tags.txt --weak-epochs 2 --weak-lr 0.01"))])
 def test_two_processes_equal_one(tiny, tmp_path, script, more):
     """Same losses as one process with the same global batch (BN synchronised), every image scored once."""
     flags, columns = TWO[script]
@@ -434,6 +435,7 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_flag_of_the_method_changes_the_training(bare, tmp_path, monkeypatch, name):
     """No dead option: other weights than the first line's flags give."""
