@@ -520,8 +520,9 @@ def test_evaluate_repeats_the_final_score(whole, capsys, script):
 @pytest.mark.slow
 @each_script
 def test_compile(tiny, tmp_path, script):
-    run_here(script, *tiny[script], "--out", tmp_path / "eager")
-    run_here(script, *tiny[script], "--compile", "--out", tmp_path / "compiled")
+    arguments = [*tiny[script], *TWO[script][0].split()]
+    run_here(script, *arguments, "--out", tmp_path / "eager")
+    run_here(script, *arguments, "--compile", "--out", tmp_path / "compiled")
     name = TWO[script][1].split()[0]
     eager, compiled = column(tmp_path / "eager", name), column(tmp_path / "compiled", name)
     assert list(eager.values()) == pytest.approx(list(compiled.values()), rel=1e-2)
