@@ -122,6 +122,7 @@ PERTURBATIONS = {  # decoders of each type in "CCT" (Sec. 4.4.1); their hyper-pa
     "i_vat": 2, "dropout": 6, "g_cutout": 6, "con_msk": 2, "obj_msk": 2, "f_drop": 6, "f_noise": 6}
 SEMI = dict(supervised=False)  # what a flag needs to have an effect
 CCT = SEMI | dict(method="cct")
+WEAK = CCT | dict(weak=True)
 
 
 # ---------------------------------------------------------------------- settings
@@ -182,18 +183,16 @@ class Config(BaseConfig):
     weak: bool = option(False, "pseudo-labels of the unlabelled images from image-level tags "
                                "(Sec. 3.3)", needs=CCT)
     tags: str = option("", "file of the tags: a line per image, `name, class, class`; without it, "
-                           "they are the classes of the masks", needs=CCT | dict(weak=True))
-    lambda_w: float = option(0.4, "final weight of L_w (Eq. 5)", within=(0, 1e6),
-                             needs=CCT | dict(weak=True))
+                           "they are the classes of the masks", needs=WEAK)
+    lambda_w: float = option(0.4, "final weight of L_w (Eq. 5)", within=(0, 1e6), needs=WEAK)
     weak_epochs: int = option(5, "the classifier's passes over all training images, 16 a step",
-                              within=(1, 10**6), needs=CCT | dict(weak=True))
+                              within=(1, 10**6), needs=WEAK)
     weak_lr: float = option(0.1, "the classifier's learning rate; its last layer has ten times it",
-                            within=(0, 1000), needs=CCT | dict(weak=True))
+                            within=(0, 1000), needs=WEAK)
     thresholds: tuple[float, float] = option((0.05, 0.3), "activations below the first are "
                                              "background, above the second an object (Sec. 3.3)",
-                                             within=(0, 1),
-                                             needs=CCT | dict(weak=True))
-    crf: bool = option(True, "refine the pseudo-labels by a dense CRF", needs=CCT | dict(weak=True))
+                                             within=(0, 1), needs=WEAK)
+    crf: bool = option(True, "refine the pseudo-labels by a dense CRF", needs=WEAK)
 
     shift: int = option(0, "random shift of up to this many pixels", within=(0, 10000),
                         group="augmentation")
@@ -696,7 +695,6 @@ def train(cfg, settings):
         main = net.decoders[domain.number]
         auxiliary = auxiliaries[domain.number]
         lr = cfg.lr * poly(step, cfg.steps)
-        w_u = consistency_weight(step, cfg)  # Sec. 3.2.2, Eq. 16
         set_lr(optimizer, lr)
         with folder.log.waiting():
             x_l, y_l = next(domain.batches_l)
@@ -731,6 +729,7 @@ def train(cfg, settings):
                     with torch.no_grad():
                         p = teacher(x_u, domain.number).float().softmax(1)
             loss_u = distance("kl" if method == "vat" else "mse", p, logits_u).mean()  # App. A
+            w_u = consistency_weight(step, cfg)  # Sec. 3.2.2, Eq. 16
             ctx.scaler.scale(loss + w_u * loss_u).backward()
             terms |= dict(loss_u=loss_u, w_u=w_u)
         else:

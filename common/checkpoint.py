@@ -45,10 +45,10 @@ def load(path, device="cpu"):
             return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # torch raises half a dozen types for a file that is not its own
         if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-            raise UserError(
-                f"{path} holds objects beside tensors ({foreign[1]}), which are not loaded, as "
-                f"that may run code: if you trust the file, go to its own project, and save the "
-                f"state_dict of torch.load(.., weights_only=False) alone") from error
+            raise UserError(f"{path} holds objects beside tensors ({foreign[1]}), which are not "
+                            f"loaded, as that may run code: expected tensors alone; if you "
+                            f"trust the file, load it in its own project, and save its "
+                            f"state_dict") from error
         raise UserError(f"{path} is not a checkpoint that can be loaded safely "
                         f"({type(error).__name__})") from error
 
