@@ -562,7 +562,6 @@ class Augment:
             image, mask = T.resize_long_side(image, mask, int(rng.integers(low, high + 1)))
         elif cfg.size:
             image, mask = T.resize(image, mask, cfg.size)
-        image = T.normalise(image)
         if cfg.crop:
             image, mask = T.pad_to(image, mask, cfg.crop)
             image, mask = T.random_crop(image, mask, cfg.crop, rng)

@@ -70,7 +70,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import ImageFilter
 from torch import nn
+from torchvision.transforms.v2 import functional as tvf
 
 from common import transforms as T
 from common.backbones import INPUT_SCALES, RESNETS, DeepLabV2, DeepLabV3Plus, load_weights
@@ -380,7 +382,6 @@ class Augment:
         scale = low + 0.1 * int(rng.integers(round((high - low) / 0.1) + 1))
         height, width = (round(side * scale) for side in image.shape[1:])
         image, mask = T.resize(image, mask, (height, width))
-        image = T.normalise(image)
         if cfg.crop:
             image, mask = T.pad_to(image, mask, cfg.crop)
             if mask is not None:
@@ -406,11 +407,12 @@ class TwoViews:
     def __call__(self, image, tags, rng):
         image, z = T.to_tensors(image, tags)
         image, _ = T.resize(image, None, self.cfg.mlmt_size)
-        student = T.colour_jitter(image, rng) if self.strong else image
-        student, _ = T.random_flip(T.normalise(student), None, rng)
-        teacher, _ = T.random_flip(T.normalise(image), None, rng)
+        teacher, _ = T.random_flip(image, None, rng)
         if self.strong:
-            student = T.blur(student, self.cfg.mlmt_blur, rng)
+            picture = T.colour_jitter(tvf.to_pil_image(image), rng, 0.4, 0.1)
+            sigma = rng.uniform(*self.cfg.mlmt_blur)
+            image = tvf.pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma)))
+        student, _ = T.random_flip(image, None, rng)
         return (student, teacher), z
 
 

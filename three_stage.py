@@ -317,7 +317,7 @@ def cross_entropy(logits, y, count=None):
     [B, H, W], 255 ignored. count: the number to divide by (with several processes, their mean
     number of valid pixels); None: y's own. 0 with a graph if all is ignored.
     """
-    total = F.cross_entropy(logits.float(), y.long(), ignore_index=255, reduction="sum")
+    total = F.cross_entropy(logits.float(), y, ignore_index=255, reduction="sum")
     if count is None:
         count = (y != 255).sum().clamp(min=1)
     return total / count
@@ -352,20 +352,17 @@ def alpha(step, steps, fixed=None):
 
 def weak(image, maps, rng, scale=(1, 1), crop=None, shift=0, flip=True):
     """Scale, shift, crop, flip. image uint8 [3, H, W], maps uint8 [K, H, W] (nearest neighbour; 255
-    in padding) -> (image, maps, padding bool [H, W])"""
-    maps = torch.cat([maps, torch.zeros_like(maps[:1])])  # 255 in the last one will be padding
+    in padding) -> (image, maps)"""
     low, high = (round(10 * s) for s in scale)
     s = int(rng.integers(low, high + 1)) / 10
     image, maps = T.resize(image, maps, [max(1, round(side * s)) for side in image.shape[1:]])
     crop = crop or tuple(image.shape[1:])
     dy, dx = (max(c - side, 0) for c, side in zip(crop, image.shape[1:]))
     edges = [dx // 2 + shift, dy // 2 + shift, dx - dx // 2 + shift, dy - dy // 2 + shift]
-    image = tvf.pad(image, edges, fill=[round(255 * m) for m in T.IMAGENET_MEAN])
+    image = tvf.pad(image, edges, fill=T.MEAN_COLOUR)
     maps = tvf.pad(maps, edges, fill=T.IGNORE)
     image, maps = T.random_crop(image, maps, crop, rng)
-    if flip:
-        image, maps = T.random_flip(image, maps, rng)
-    return image, maps[:-1], maps[-1] == T.IGNORE
+    return T.random_flip(image, maps, rng) if flip else (image, maps)
 
 
 class Minibatches(Dataset):
@@ -413,14 +410,13 @@ class Minibatches(Dataset):
             pseudo = read_mask(mask_path(self.masks, split, i), y.shape, len(self.data.classes))
         if self.static is not None:
             pseudo = pseudo.masked_fill(self.static, T.IGNORE)
-        image, maps, padding = weak(image, torch.stack([y, pseudo]), rng, cfg.scale, cfg.crop,
-                                    cfg.shift, cfg.flip)
-        x_w = x_s = T.normalise(image).masked_fill(padding, 0.0)
-        index = torch.arange(padding.numel(), dtype=torch.int32).view(padding.shape)
+        image, maps = weak(image, torch.stack([y, pseudo]), rng, cfg.scale, cfg.crop, cfg.shift,
+                           cfg.flip)
+        x_s = image
+        index = torch.arange(maps[0].numel(), dtype=torch.int32).view(maps[0].shape)
         if cfg.strong and not is_labelled:
-            image, index = strong(image, rng, cfg.cutout)
-            x_s = T.normalise(image)
-        return x_w, x_s, index, *maps
+            x_s, index = strong(image, rng, cfg.cutout)
+        return image, x_s, index, *maps
 
 
 # ---------------------------------------------------------------------- evaluation (Sec. IV-A)

@@ -151,7 +151,7 @@ def write_pseudo_label(i, net, pseudo, tags, objects, palette, cfg, ctx):
     held = tags.mask(i)
     present = [k for k, c in enumerate(objects) if held[c]]
     present = torch.tensor(present, dtype=torch.long, device=ctx.device)
-    x = to_device(T.normalise(image)[None], ctx.device)
+    x = to_device(image[None], ctx.device)
     with ctx.autocast():
         maps = activation_maps(net, x, present)
     rgb = image.permute(1, 2, 0).to(ctx.device) if cfg.crf else None

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.random import mix
+from common.transforms import normalise
 
 
 class Stream(Dataset):
@@ -43,7 +44,7 @@ class Stream(Dataset):
         rng = np.random.default_rng(mix(self.seed, self.name, "sample", position))
         mask = self.split.mask(i) if self.labelled else None  # an unlabelled stream opens no mask
         image, mask = self.transform(self.split.image(i), mask, rng)
-        return (image, mask.long()) if self.labelled else image
+        return (image, mask) if self.labelled else image
 
 
 class Steps:
@@ -94,12 +95,16 @@ def kill_workers():
 
 
 def to_device(samples, device):
-    """Images go to the device in channels_last order, masks as they are."""
+    """Images, uint8 [B, 3, H, W], become normalised floats in channels_last order, masks, uint8
+    [B, H, W], int64; all else stays as it is."""
     if isinstance(samples, (list, tuple)):
         return [to_device(part, device) for part in samples]
-    if samples.dim() == 4:
-        return samples.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return samples.to(device, non_blocking=True)
+    samples = samples.to(device, non_blocking=True)
+    if samples.dtype == torch.uint8 and samples.dim() == 4:
+        return normalise(samples).contiguous(memory_format=torch.channels_last)
+    if samples.dtype == torch.uint8 and samples.dim() == 3:
+        return samples.long()
+    return samples
 
 
 class Scored(Dataset):
@@ -115,8 +120,7 @@ class Scored(Dataset):
 
     def __getitem__(self, i):
         i = self.mine[i]
-        image, mask = self.transform(self.split.image(i), self.split.mask(i), None)
-        return image, mask.long()
+        return self.transform(self.split.image(i), self.split.mask(i), None)
 
 
 def once(split, transform, batch, workers, ctx):

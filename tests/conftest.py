@@ -13,6 +13,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from common.streams import to_device  # noqa: E402
 torch.set_num_threads(1)
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
@@ -117,6 +118,12 @@ def wait_for(condition, timeout=60):
 def steps_done(folder):
     """Number of training steps that the logs of a run know of"""
     return sum(len(column(log.parent, "lr")) for log in folder.rglob("log.csv"))
+
+
+def batch_of(stream, step, size):
+    """What `endless` makes of the samples of a step"""
+    samples = [stream[step * size + k] for k in range(size)]
+    return to_device(torch.utils.data.default_collate(samples), "cpu")
 
 
 def column(folder, name):

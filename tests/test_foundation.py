@@ -20,7 +20,7 @@ from common.random import Random, mix
 from common.runtime import Runtime
 from common.schedules import update_ema
 from common.settings import UserError
-from common.streams import Stream, endless
+from common.streams import Stream, endless, to_device
 
 
 def dilations(layer):
@@ -161,14 +161,24 @@ def test_crop_flip_shift_keep_image_and_mask_together():
         assert torch.equal(image[2][inside], mask[inside])
 
 
-def test_pad_is_zero_and_ignore_after_normalisation():
+def test_pad_is_the_mean_colour_and_ignore():
     image, mask = coordinates(5, 6)
-    padded, padded_mask = transforms.pad_to(transforms.normalise(image), mask, (8, 8))
-    assert torch.equal(padded_mask[:5, :6], mask)
-    assert (padded_mask == 255).sum() == 64 - 30 == (padded == 0).all(0).sum()
-    assert np.array_equal(transforms.denormalise(padded)[:5, :6], image.permute(1, 2, 0).numpy())
-    pixel = transforms.normalise(torch.full((3, 1, 1), 100, dtype=torch.uint8))
-    assert pixel[0].item() == pytest.approx((100 / 255 - 0.485) / 0.229)
+    padded, padded_mask = transforms.pad_to(image, mask, (8, 8))
+    assert torch.equal(padded_mask[:5, :6], mask) and torch.equal(padded[:, :5, :6], image)
+    assert (padded_mask[5:] == 255).all() and (padded_mask[:, 6:] == 255).all()
+    assert padded[:, 7, 7].tolist() == [124, 116, 104] == padded[:, 0, 7].tolist()
+    assert transforms.normalise(padded)[:, 7, 7].abs().max() < 0.01  # half a grey level
+
+
+def test_batches_are_normalised_on_the_device():
+    image, mask = coordinates(5, 6)
+    image[0] = 100
+    x, y, valid, tags = to_device([image[None], mask[None], mask[None] > 0, mask[:1]], "cpu")
+    assert x[0, 0, 0, 0].item() == pytest.approx((100 / 255 - 0.485) / 0.229)
+    assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(transforms.denormalise(x[0]), image.permute(1, 2, 0).numpy())
+    assert y.dtype == torch.int64 and torch.equal(y[0].byte(), mask)
+    assert valid.dtype == torch.bool and tags.dtype == torch.uint8
 
 
 def test_resize_agrees_with_pillow_on_masks():
