@@ -62,6 +62,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from common import transforms as T
 from common.backbones import RESNETS, DeepLabV2, load_weights, upsample
+from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
@@ -498,6 +499,7 @@ def train(cfg):
     groups = ctx.share(cfg.groups, "--groups")
     burn_in = burn_in_end(cfg)
     folder = RunFolder("c3_semiseg", cfg, ctx, data)
+    data = cached(data, cfg.size if set(cfg.scales) == {1} else None, cfg, ctx)
 
     torch.manual_seed(mix(cfg.seed, "init"))  # the same initial weights on every process
     student = Segmenter(cfg, num_classes)

@@ -101,6 +101,7 @@ from torch import nn
 from common import transforms as T
 from common.backbones import DEEP_STEM, PSP, ResNet, load_weights, stem_of
 from common.cam import weak_labels
+from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS
@@ -666,6 +667,7 @@ def train(cfg, settings):
             part = folder.part("weak" if len(domains) == 1 else f"weak-{domain.name}")
             augment = Augment(classifier_settings(domain.cfg))
             domain.pseudo = weak_labels(domain, augment, part, ctx)
+        domain.data = cached(domain.data, domain.cfg.size, domain.cfg, ctx)
 
     torch.manual_seed(mix(cfg.seed, "init"))  # the same initial weights on every process
     net, auxiliaries, discriminator = make_networks(cfg, domains)

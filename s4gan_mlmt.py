@@ -76,6 +76,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from common import transforms as T
 from common.backbones import INPUT_SCALES, RESNETS, DeepLabV2, DeepLabV3Plus, load_weights
+from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
@@ -553,6 +554,7 @@ def train(cfg):
     tagged = Tagged(data, labelled, cfg.tags, cfg.background, needed)  # before branch A, not after
     begun = (Path(cfg.out) / "mlmt/last.pt").exists()
     folder = RunFolder("s4gan_mlmt", cfg, ctx, data, free=() if begun else OF_B)
+    data = cached(data, cfg.size, cfg, ctx)
 
     if cfg.branch != "mlmt":
         net, confusion = train_s4gan(data, labelled, unlabelled, folder, cfg, ctx)

@@ -72,6 +72,7 @@ from common import checkpoint
 from common import transforms as T
 from common.backbones import (ASPP, INPUT_SCALES, RESNETS, DeepLabV2, hold_bn, load_weights,
                               read_weights, upsample)
+from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, choose_labelled, open_dataset
@@ -506,6 +507,7 @@ def train(cfg):
         lengths[:-1] = [0] * (cfg.stages - 1)
     check_stages(cfg, data)
     folder = RunFolder("three_stage", cfg, ctx, data)
+    data = cached(data, cfg.size, cfg, ctx)
     folder.introduce(labelled, unlabelled, 0, f"{sum(lengths)} steps")
 
     for stage in range(cfg.stages if cfg.masks else 1, len(lengths) + 1):

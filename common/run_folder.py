@@ -207,14 +207,14 @@ class RunFolder:
             raise SystemExit(143)
 
 
-def make_folder(path):
+def make_folder(path, flag="--out"):
     """Raises UserError if the folder cannot be made or written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {path}: cannot make this folder ({error.strerror})") from error
+        raise UserError(f"{flag} {path}: cannot make this folder ({error.strerror})") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"--out {path}: this folder is read-only")
+        raise UserError(f"{flag} {path}: this folder is read-only")
 
 
 def lock(path):

@@ -79,6 +79,9 @@ class BaseConfig:
     compile: bool = option(False, "torch.compile the networks", free=True)
     workers: int = option(4, "processes that decode and augment, per stream", within=(0, 256),
                           free=True, scoring=True)
+    cache: str = option("", "folder of the images that were decoded at --size; none: decode them "
+                            "anew each time [cache, beside the run folder]", needs=dict(size=ANY),
+                        free=True)
     eval_every: int = option(1000, "steps between evaluations", within=POSITIVE, free=True)
     save_every: int = option(500, "steps between checkpoints", within=POSITIVE, free=True)
     log_every: int = option(20, "steps between log lines", within=POSITIVE, free=True)

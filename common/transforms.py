@@ -20,10 +20,9 @@ def to_tensors(image, mask=None):
 
 def resize(image, mask, size, interpolation=InterpolationMode.BILINEAR):
     """To `size` = (H, W): image interpolated (antialiased), mask by the nearest pixel centre."""
-    if tuple(image.shape[1:]) == tuple(size):
-        return image, mask
-    image = tvf.resize(image, list(size), interpolation, antialias=True)
-    if mask is not None:
+    if tuple(image.shape[1:]) != tuple(size):
+        image = tvf.resize(image, list(size), interpolation, antialias=True)
+    if mask is not None and tuple(mask.shape) != tuple(size):
         mask = tvf.resize(mask[None], list(size), InterpolationMode.NEAREST_EXACT)[0]
     return image, mask
 

@@ -2,6 +2,7 @@
 import os
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from hashlib import sha1
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class Encoding:
     variable: str = ""                          # of .mat files: `LabelMap`, `GTcls.Segmentation`
     colours: bool = False                       # values are colours, 0xrrggbb
 
+    @cached_property
     def table(self):
         """uint8 [65536], or [2^24] of colours: stored value -> class, IGNORE or INVALID"""
         table = np.full(2 ** (24 if self.colours else 16), INVALID, np.uint8)
@@ -79,7 +81,7 @@ class Split:
         else:
             raw = _read_png(path, encoding.colours)
         _compare_size(path, raw.shape, self.images[i])
-        mask = encoding.table()[raw]
+        mask = encoding.table[raw]
         if (mask == INVALID).any():
             raise UserError(_explain_values(path, np.unique(raw), encoding))
         return mask

@@ -1,0 +1,92 @@
+"""Images and masks of one size, decoded and resized once, and kept as arrays beside the runs.
+
+An array has a file of its own, which is there whole or not at all: several runs can fill and use one
+folder, and a kill loses nothing. It is as old as the image that it was made from, to the nanosecond:
+an image that was replaced is decoded again.
+"""
+import dataclasses
+import os
+import shutil
+from hashlib import sha1
+from pathlib import Path
+
+import numpy as np
+
+from common.datasets.masks import Split
+from common.run_folder import make_folder
+from common.settings import UserError
+from common.transforms import resize, to_tensors
+
+
+class Cached(Split):
+    """A Split, all of whose images and masks have one size"""
+
+    def __init__(self, split, size, folder):
+        vars(self).update(vars(split))
+        self.split = split
+        self.size = size
+        self.folder = folder
+
+    def image(self, i):
+        """uint8 [*size, 3]"""
+        return self.kept(f"{i}-image.npy", self.images[i], lambda: self.decoded(i)[0])
+
+    def mask(self, i):
+        """uint8 [*size]"""
+        return self.kept(f"{i}-mask.npy", self.masks[i], lambda: self.decoded(i, True)[1])
+
+    def decoded(self, i, with_mask=False):
+        image, mask = to_tensors(self.split.image(i), self.split.mask(i) if with_mask else None)
+        image, mask = resize(image, mask, self.size)
+        return image.permute(1, 2, 0).numpy(), None if mask is None else mask.numpy()
+
+    def kept(self, name, source, decode):
+        """The array in the file `name`, of which the crop is read and no more; made if need be."""
+        path = self.folder / name
+        try:
+            age = os.stat(source).st_mtime_ns
+            if path.stat().st_mtime_ns == age:
+                return np.load(path, mmap_mode="c")
+        except FileNotFoundError:
+            pass  # if it is the source that is missing, decode says so
+        array = decode()
+        temporary = self.folder / f"{name}.{os.getpid()}"
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, array)
+            os.utime(temporary, ns=(age, age))
+            os.replace(temporary, path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path} cannot be written ({error.strerror}): expected room for the "
+                            f"decoded images; give another --cache folder, or none") from error
+        return array
+
+
+def cached(data, size, cfg, ctx):
+    """The data with a Cached training split, if `size` is given, and a scored one, if it is scored at
+    this size: in cfg.cache, or cache/ beside the run's folder, if there is room for them."""
+    if size is None or cfg.cache == "none" or data.name == "shapes":
+        return data
+    splits = dict(train=data.train)
+    if cfg.scoring_size == size:
+        splits["val"] = data.val
+    height, width = size
+    folder = Path(cfg.cache or Path(cfg.out).absolute().parent / "cache")
+    caches = {}
+    for name, split in splits.items():
+        paths = "\n".join(map(os.path.abspath, split.images))
+        whose = sha1(f"{paths} {len(data.classes)}".encode()).hexdigest()[:16]
+        caches[name] = Cached(split, size, folder / f"{data.name}-{height}x{width}-{whose}")
+        make_folder(caches[name].folder, "--cache")
+    there = sum(file.stat().st_size for cache in caches.values() for file in cache.folder.iterdir())
+    missing = 4 * height * width * sum(map(len, splits.values())) - there  # 3 bytes, and a mask
+    room = shutil.disk_usage(folder).free
+    if missing > 0.9 * room:
+        ctx.say(f"note: images are decoded again and again, as {folder} has no room for "
+                f"{missing / 1e9:.1f} GB: give a --cache folder that has")
+        return data
+    ctx.say(f"images of {height}x{width} are decoded once, into {folder}: up to "
+            f"{max(missing, 0) / 1e9:.1f} GB more")
+    return dataclasses.replace(data, **caches)
+
