@@ -457,31 +457,27 @@ def predict(net, x, cfg, ctx):
         return net(x).float()
 
 
-def evaluate(net, data, cfg, ctx):
+def evaluate(net, others, data, cfg, ctx):
     """Protocol: whole images, single scale, logits at image size, argmax; one confusion matrix over
-    the split; 255 ignored; each image once.
-    -> (ConfusionMatrix, rows of the panel)"""
-    was_training = net.training
-    net.eval()
-    confusion = ConfusionMatrix(len(data.classes), ctx.device)
+    the split; 255 ignored; each image once. Scored are `net` and the `others`, {column of log.csv:
+    network}.
+    -> (ConfusionMatrix of net, {column: mIoU of the others}, rows of the panel)"""
+    nets = dict(miou=net) | others
+    modes = {name: network.training for name, network in nets.items()}
+    confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in nets}
     examples = Examples(len(data.val), ctx)
     one_size = cfg.scoring_size or data.one_size  # then images are batched
     transform = T.ForScoring(cfg.scoring_size)
     for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
-        prediction = predict(net, x, cfg, ctx).argmax(1)
-        confusion.update(prediction, y)
-        examples.add(x, y, prediction)
-    confusion.reduce()
-    net.train(was_training)
-    return confusion, examples.rows
-
-
-def evaluate_both(student, teacher, step, data, cfg, ctx):
-    """-> what evaluate says of the student, and the teacher's column of log.csv, once it exists"""
-    columns = {}
-    if step > burn_in_end(cfg):
-        columns["miou_teacher"] = evaluate(teacher.net, data, cfg, ctx)[0].miou()
-    return *evaluate(student.net, data, cfg, ctx), columns
+        for name, network in nets.items():
+            prediction = predict(network.eval(), x, cfg, ctx).argmax(1)
+            confusions[name].update(prediction, y)
+            if network is net:
+                examples.add(x, y, prediction)
+    for name, network in nets.items():
+        confusions[name].reduce()
+        network.train(modes[name])
+    return confusions["miou"], {name: confusions[name].miou() for name in others}, examples.rows
 
 
 # ---------------------------------------------------------------------- training (Sec. 3.1, Fig. 1)
@@ -519,8 +515,9 @@ def train(cfg):
     while step < cfg.steps:
         folder.stop_if_asked(step)
         if step > 0 and step % cfg.eval_every == 0:
-            confusion, examples, columns = evaluate_both(student, teacher, step, data, cfg, ctx)
-            folder.scored(step, confusion.miou(), examples, **columns)
+            others = dict(miou_teacher=teacher.net) if step > burn_in else {}
+            confusion, rest, examples = evaluate(student.net, others, data, cfg, ctx)
+            folder.scored(step, confusion.miou(), examples, **rest)
         lr = cfg.lr * poly(step, cfg.steps)
         lambda_1 = consistency_weight(step, cfg)
         lambda_2 = cfg.lambda_2 * ramp("gaussian", step, cfg.contrast_ramp * cfg.steps)  # D4
@@ -576,8 +573,9 @@ def train(cfg):
         folder.log.add(step, loss_sup=loss_sup, **terms, lr=lr)
         if step % cfg.save_every == 0 or step % cfg.eval_every == 0 or step == cfg.steps:
             folder.save(step)
-    confusion, examples, columns = evaluate_both(student, teacher, step, data, cfg, ctx)
-    folder.scored(step, confusion.miou(), examples, **columns)
+    others = dict(miou_teacher=teacher.net) if step > burn_in else {}
+    confusion, rest, examples = evaluate(student.net, others, data, cfg, ctx)
+    folder.scored(step, confusion.miou(), examples, **rest)
     folder.finish(confusion)
     return confusion.miou()
 
@@ -644,7 +642,7 @@ def main(argv=None):
     if cfg.evaluate:
         data = open_dataset(cfg.data, cfg.root)
         same_classes(data, state, path)
-        confusion, _ = evaluate(net, data, cfg, ctx)
+        confusion, _, _ = evaluate(net, {}, data, cfg, ctx)
         ctx.say(confusion.table(data.classes))
         ctx.say(f"{path} (step {state['step']}): mIoU {100 * confusion.miou():.1f} on "
                 f"{len(data.val)} {data.scored_on} images, single scale")

@@ -903,9 +903,9 @@ def test_c3_steps(double, release, small, monkeypatch, tmp_path):
         uniform=first_cells if name == "views" else Drawn(*draws[step - 2]).uniform, device="cpu")
     views = [(w, s, torch.ones(2, 64, 64, dtype=torch.bool)) for w, s in unlabelled]
     replace(monkeypatch, c3, Runtime=lambda *_: ctx, check_classes=nothing, load_weights=nothing,
-            open_dataset=lambda *_: SimpleNamespace(classes=range(19)), choose_labelled=lambda *_: ([0], [1]),
+            open_dataset=lambda *_: SimpleNamespace(name="shapes", classes=range(19)), choose_labelled=lambda *_: ([0], [1]),
             Segmenter=lambda *_: ours, RunFolder=lambda *_, **__: books(tmp_path),
-            streams=lambda *_: (iter(labelled), iter(views)), evaluate_both=lambda *_: (MagicMock(), (), {}),
+            streams=lambda *_: (iter(labelled), iter(views)), evaluate=lambda *_: (MagicMock(), {}, ()),
             make_teacher=lambda net: kept.setdefault("teacher", make_teacher(net)),
             confident_pixels=lambda *a, real=c3.confident_pixels: kept.update(thresholds=a[2]) or real(*a),
             poly=lambda step, steps: poly(step + 1, steps), ramp=lambda kind, step, length: ramp(
