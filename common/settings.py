@@ -77,8 +77,9 @@ class BaseConfig:
     precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
                             ("auto", "fp32", "bf16", "fp16"), scoring=True)
     compile: bool = option(False, "torch.compile the networks", free=True)
-    workers: int = option(4, "processes that decode and augment, per stream", within=(0, 256),
-                          free=True, scoring=True)
+    workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment, per "
+                          "stream; by default 8, or the number of cores if it is smaller",
+                          within=(0, 256), free=True, scoring=True)
     cache: str = option("", "folder of the images that were decoded at --size; none: decode them "
                             "anew each time [cache, beside the run folder]", needs=dict(size=ANY),
                         free=True)

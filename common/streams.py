@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from common.random import mix
+from common.settings import UserError
 from common.transforms import normalise
 
 
@@ -69,20 +70,27 @@ def endless(stream, batch, start_step, workers, ctx):
     steps = Steps(start_step, batch, ctx.rank, ctx.world)
     loader = DataLoader(stream, batch_sampler=steps, num_workers=workers,
                         pin_memory=ctx.device.type == "cuda",
-                        prefetch_factor=4 if workers else None)
+                        prefetch_factor=2 if workers else None)
     for samples in start(loader):
         yield to_device(samples, ctx.device)
 
 
 def start(loader):
-    """iter(loader), whose workers have these signals blocked from their first moment on: a signal
-    to all processes is the main one's affair, which stops, and ends its workers."""
+    """What the loader yields. Its workers have these signals blocked from their first moment on: a
+    signal to all processes is the main one's affair, which stops, and ends its workers."""
     signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        return iter(loader)
+        iterator = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "shared memory" not in str(error) and "/torch_" not in str(error):
+            raise
+        raise UserError("/dev/shm has no room for the images of the loader's workers: docker run "
+                        "--shm-size=8g makes it larger, --workers 0 does without") from error
 
 
 @atexit.register

@@ -3,6 +3,7 @@
     python tests/bench.py --size 320 160    cct.py, ResNet-50, 2 + 2 images of these sizes
     python tests/bench.py --script s4gan_mlmt.py --backbone resnet101 --size 321
     python tests/bench.py --images 20 --size 320 --precision bf16 --steps 60 --workers 4
+    python tests/bench.py --loader          what the images of a step cost the CPU, for all scripts
     python tests/bench.py --decoders        cct.py's decoders, one by one (Table 13)
     python tests/bench.py --crf             common/crf.py alone, one image of the size of VOC's
 
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -28,6 +30,19 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import c3_semiseg  # noqa: E402
+import cct  # noqa: E402
+import s4gan_mlmt as s4  # noqa: E402
+import three_stage  # noqa: E402
+from common.cache import cached  # noqa: E402
+from common.crf import dense_crf, unary_of_labels  # noqa: E402
+from common.datasets import open_dataset  # noqa: E402
+from common.datasets.pseudo import mask_path  # noqa: E402
+from common.datasets.tags import Tagged  # noqa: E402
+from common.regions import find_blobs  # noqa: E402
+from common.runtime import Runtime  # noqa: E402
+from common.streams import Stream, endless  # noqa: E402
+
 SCRIPTS = {  # flags of a script; of its semi-supervised step on N images, half of them unlabelled
     "cct.py": ("--decoder-init icnr --long-side {size} --scale 1 1", "--batch {half}"),
     "s4gan_mlmt.py": ("--branch s4gan --scale 1 1", "--batch {half}"),
@@ -35,28 +50,36 @@ SCRIPTS = {  # flags of a script; of its semi-supervised step on N images, half 
     "three_stage.py": ("--scale 1 1 --bn frozen",
                        "--batch {images} --stages 2 --masks {root}/masks"),
 }
+ON_DISK = {"voc": (375, 500, "jpg"), "cityscapes": (1024, 2048, "png")}
+LOADER = (  # rows of --loader: method, its script, preset
+    ("cct", cct, "voc"), ("three_stage", three_stage, "voc"),
+    ("three_stage", three_stage, "cityscapes"), ("c3_semiseg", c3_semiseg, "cityscapes"),
+    ("s4gan", s4, "voc"), ("s4gan", s4, "cityscapes"), ("mlmt", s4, "voc"))
 
 
-def make_data(root, size, count=24, classes=21):
-    """A folder dataset of random images whose masks are blocks of classes."""
+def make_data(root, height, width, ending="jpg", count=24, classes=21):
+    """A folder dataset of coloured clouds, some noise on them, whose masks are blocks of classes."""
     rng = np.random.default_rng(0)
     for split, number in (("train", count), ("val", 2)):
         for kind in ("images", "masks"):
             (root / kind / split).mkdir(parents=True)
         for i in range(number):
-            image = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(image).save(root / f"images/{split}/{i:03d}.jpg")
-            cells = rng.integers(0, classes, (size // 16 + 1, size // 16 + 1), dtype=np.uint8)
-            mask = cells.repeat(16, 0).repeat(16, 1)[:size, :size]
-            Image.fromarray(mask).save(root / f"masks/{split}/{i:03d}.png")
+            clouds = Image.fromarray(rng.integers(0, 256, (8, 16, 3), dtype=np.uint8))
+            image = np.array(clouds.resize((width, height), Image.BICUBIC), np.int16)
+            image = image + rng.integers(-4, 5, image.shape)
+            image = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+            image.save(root / f"images/{split}/{i:03d}.{ending}")
+            cells = rng.integers(0, classes, (height // 16 + 1, width // 16 + 1), dtype=np.uint8)
+            mask = Image.fromarray(cells.repeat(16, 0).repeat(16, 1)[:height, :width])
+            mask.save(root / f"masks/{split}/{i:03d}.png")
     (root / "classes.txt").write_text("".join(f"class{c}\n" for c in range(classes)))
 
 
-def measure(script, flags, steps, images):
-    """Run the script, whose steps read so many images. -> steps per second, share of the time that
-    they wait for data, peak memory in GB"""
+def measure(script, flags, every):
+    """Run the script. -> steps per second, share of the time that they wait for data, peak memory in
+    GB. every: steps of an interval, of which the first does not count"""
     with tempfile.TemporaryDirectory() as folder:
-        flags = [*flags, "--steps", steps, "--log-every", max(2, steps // 5), "--out", folder]
+        flags = [*flags, "--log-every", every, "--out", folder]
         command = [sys.executable, script, *map(str, flags)]
         with tempfile.TemporaryFile("w+") as output:
             process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output)
@@ -64,17 +87,65 @@ def measure(script, flags, steps, images):
             output.seek(0)
             if status:
                 raise SystemExit(f"{' '.join(command)}\n{output.read()}")
-        with open(f"{folder}/log.csv") as file:
+        with open(next(Path(folder).rglob("log.csv"))) as file:
             rows = [row for row in csv.DictReader(file) if row["images_per_s"]][1:]
-    steps_per_s = len(rows) / sum(images / float(row["images_per_s"]) for row in rows)
+    steps_per_s = every * len(rows) / sum(float(row["seconds"]) for row in rows)
     wait = sum(float(row["data_wait"]) for row in rows) / len(rows)
     gpu = [float(row["gpu_gb"]) for row in rows if row.get("gpu_gb")]
     return steps_per_s, wait, max(gpu) if gpu else usage.ru_maxrss / 2 ** 20
 
 
+def batches_of(name, script, cfg, data, root, ctx):
+    """The iterators of a training step's batches"""
+    labelled, unlabelled = [0, 1], [*range(2, len(data.train))]
+    if name == "cct":
+        return cct.streams(SimpleNamespace(cfg=cfg, data=data, number=0, labelled=labelled, pseudo=None,
+                                           unlabelled=unlabelled), 0, ctx)
+    if name == "three_stage":
+        for i, path in enumerate(data.train.masks):
+            pseudo = mask_path(root / "pseudo", data.train, i)
+            pseudo.parent.mkdir(parents=True, exist_ok=True)
+            mask = Image.open(path)
+            mask.resize(cfg.size[::-1] if cfg.size else mask.size, Image.NEAREST).save(pseudo)
+        minibatches = three_stage.Minibatches(data, labelled, 1, root / "pseudo", 2, cfg)
+        return [endless(minibatches, cfg.batch, 0, 0, ctx)]
+    if name == "mlmt":
+        tagged = Tagged(data, labelled)
+        stream_l = Stream(tagged, labelled, s4.TwoViews(cfg, False), 0, "labelled", True)
+        stream_u = Stream(tagged, unlabelled, s4.TwoViews(cfg, True), 0, "unlabelled", False)
+        return [endless(stream_l, cfg.mlmt_batch, 0, 0, ctx),
+                endless(stream_u, cfg.mlmt_batch_u, 0, 0, ctx)]
+    return script.streams(data, labelled, unlabelled, 0, cfg, ctx)
+
+
+def loader(steps):
+    """What one core needs for the images of a step of the published setting, decoded anew, and from
+    the cache of decoded ones. Workers, whose number is for each stream, share the work."""
+    ctx = Runtime("cpu")
+    print("| | ms per step on one core, stream by stream | with the cache |\n|--|--|--|")
+    for name, script, preset in LOADER:
+        with tempfile.TemporaryDirectory() as root:
+            make_data(Path(root), *ON_DISK[preset], count=8)
+            columns = []
+            for cache in ("none", f"{root}/cache"):
+                settings = script.PRESETS[preset] | dict(workers=0, cache=cache)
+                cfg = script.Config(**settings)
+                data = cached(open_dataset("folder", root), cfg.size, cfg, SimpleNamespace(say=print))
+                times = []
+                for batches in batches_of(name, script, cfg, data, Path(root), ctx):
+                    next(batches)
+                    start = time.perf_counter()
+                    for _ in range(steps):
+                        next(batches)
+                    times.append(f"{1000 * (time.perf_counter() - start) / steps:.0f}")
+                columns.append(" + ".join(times))
+        if not cfg.size:
+            columns[1] = ""
+        print(f"| {name}, {preset} | {' | '.join(columns)} |", flush=True)
+
+
 def measure_crf(device, height=375, width=500, classes=21):
     """Seconds of dense_crf for one image, on the CPU with two threads: the best of five"""
-    from common.crf import dense_crf, unary_of_labels
     torch.set_num_threads(2)
     torch.manual_seed(0)
     colours = F.interpolate(255 * torch.rand(1, 3, 4, 5), (height, width), mode="bilinear")[0]
@@ -111,9 +182,6 @@ def forward(call, ctx, repeats=5):
 def decoders(precision, channels=512, classes=21):
     """Table 13: the main decoder, and each type of auxiliary ones, on one z of two sizes. The blobs
     of G-Cutout, found once for all decoders of a step, have a row of their own."""
-    import cct
-    from common.regions import find_blobs
-    from common.runtime import Runtime
     ctx = Runtime("auto", precision)
     print(f"{ctx}, z of {channels} channels, {classes} classes")
     print("| decoder | z | MB kept | ms |\n|--|--|--|--|")
@@ -142,9 +210,13 @@ def main():
     parser.add_argument("--images", type=int, default=4, help="per step, half of them unlabelled")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--loader", action="store_true", help="time the reading of images instead")
     parser.add_argument("--decoders", action="store_true", help="time cct.py's decoders instead")
     parser.add_argument("--crf", action="store_true", help="time common/crf.py instead")
     args, others = parser.parse_known_args()
+    if args.loader:
+        loader(args.steps)
+        return
     if args.decoders:
         decoders(args.precision)
         return
@@ -156,17 +228,16 @@ def main():
           "step time, times supervised |\n" + 8 * "|--" + "|")
     for size in args.size:
         with tempfile.TemporaryDirectory() as root:
-            make_data(Path(root), size)
+            make_data(Path(root), size, size)
             values = dict(size=size, images=args.images, half=args.images // 2, root=root)
             common, semi = (text.format(**values).split() for text in SCRIPTS[args.script])
             flags = ["--data", "folder", "--root", root, "--labeled", 12, "--weights", "none",
                      "--crop", size, "--backbone", "resnet50", "--precision", args.precision,
-                     "--workers", 0, "--save-every", 10**6, "--eval-every", 10**6, *common, *others]
-            # D of s4GAN reads the true maps of further images
-            read = args.images * 3 // 2 if args.script == "s4gan_mlmt.py" else args.images
-            method = measure(args.script, [*flags, *semi], args.steps, read)
-            baseline = measure(args.script, [*flags, "--batch", args.images, "--supervised"],
-                               args.steps, args.images)
+                     "--workers", 0, "--save-every", 10**6, "--eval-every", 10**6, "--steps", args.steps,
+                     *common, *others]
+            every = max(2, args.steps // 5)
+            method = measure(args.script, [*flags, *semi], every)
+            baseline = measure(args.script, [*flags, "--batch", args.images, "--supervised"], every)
         for name, row in ((args.script, method), (f"{args.script} --supervised", baseline)):
             speed, wait, memory = row
             print(f"| {name} | {args.images} x {size} | {args.precision} | "

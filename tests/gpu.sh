@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# One pass on a machine with a GPU, about 20 minutes, or one of its parts:
+#   tests/gpu.sh [CAMVID [OUT]] | tee gpu.txt
+#   PARTS="tests speed" tests/gpu.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+camvid=${1:-data/CamVid}
+out=${2:-runs/gpu}
+parts=" ${PARTS:-tests speed loader camvid} "
+nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+python -c "import torch, torchvision; print('torch', torch.__version__, 'torchvision', torchvision.__version__)"
+
+if [[ $parts == *" tests "* ]]; then
+    python -m pytest -q tests/test_cuda.py
+fi
+
+if [[ $parts == *" speed "* ]]; then  # the papers' networks and batches
+    for precision in bf16 "bf16 --compile" fp32; do
+        flags="--steps 60 --workers 8 --precision $precision"
+        python tests/bench.py --script cct.py --images 20 --size 320 $flags
+        python tests/bench.py --script three_stage.py --images 10 --size 321 --backbone resnet101 $flags
+        python tests/bench.py --script c3_semiseg.py --images 32 --size 512 --crop 256x512 --groups 4 --backbone resnet101 $flags
+        python tests/bench.py --script s4gan_mlmt.py --images 16 --size 321 --backbone resnet101 $flags
+    done
+    python tests/bench.py --decoders --precision bf16
+    python tests/bench.py --crf
+fi
+
+if [[ $parts == *" loader "* ]]; then
+    python tests/bench.py --loader
+fi
+
+if [[ $parts == *" camvid "* ]]; then  # from scratch, at the papers' 360x480
+    for script in cct three_stage c3_semiseg s4gan_mlmt; do
+        for kind in "" "--supervised"; do
+            flags="--data camvid --root $camvid --labeled 100 --weights none --backbone resnet50 --workers 8 --steps 1500"
+            timeout 120 python $script.py $flags $kind --out "$out/$script$kind" | tail -n 14
+        done
+    done
+    python -m common.summary "$out"/*
+fi

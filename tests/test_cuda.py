@@ -1,0 +1,65 @@
+"""What only a GPU can show: mixed precision, compilation, and that no step waits for it."""
+import math
+
+import pytest
+import torch
+from conftest import SCRIPTS, column, last, run_here, steps_done
+
+import common.log
+import common.run_folder
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+LOSSES = {"cct": ("loss_s", "loss_u"), "three_stage": ("loss_seg", "loss_con"),
+          "c3_semiseg": ("loss_sup", "loss_consist"), "s4gan_mlmt": ("loss_ce", "loss_fm")}
+
+
+def train(tiny, script, out, *flags):
+    run_here(script, *tiny[script], "--device", "cuda", *flags, "--out", out)
+    return {name: column(out, name) for name in LOSSES[script]}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("flags", ["--precision fp32", "--precision bf16", "--precision fp16",
+                                   "--precision bf16 --compile --workers 2"])
+def test_losses_are_those_of_the_cpu(tiny, tmp_path, script, flags):
+    run_here(script, *tiny[script], "--out", tmp_path / "cpu")
+    found = train(tiny, script, tmp_path / "cuda", *flags.split())
+    for name, values in found.items():
+        expected = column(tmp_path / "cpu", name)
+        assert values.keys() == expected.keys() and all(map(math.isfinite, values.values()))
+        first = min(expected)  # later ones drift apart
+        assert values[first] == pytest.approx(expected[first], rel=0.1 if "16" in flags else 0.02, abs=0.01)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_goes_on_where_it_stopped(tiny, tmp_path, script):
+    train(tiny, script, tmp_path / "run", "--precision", "bf16")
+    before = last(tmp_path / "run")["net"]
+    steps = steps_done(tmp_path / "run")
+    train(tiny, script, tmp_path / "run", "--precision", "bf16")
+    after = last(tmp_path / "run")["net"]
+    assert steps_done(tmp_path / "run") == steps
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_no_step_waits_for_the_gpu(tiny, tmp_path, monkeypatch, script):
+    """torch itself stops a step that does. Log lines, evaluations and checkpoints may."""
+    def allowed(call):
+        def waiting(*arguments, **values):
+            torch.cuda.set_sync_debug_mode("default")
+            result = call(*arguments, **values)
+            torch.cuda.set_sync_debug_mode("error")
+            return result
+        return waiting
+    for owner, name in ((common.log.Log, "flush"), (common.run_folder.RunFolder, "resume"),
+                        (common.run_folder.RunFolder, "save"), (common.run_folder.RunFolder, "finish")):
+        monkeypatch.setattr(owner, name, allowed(getattr(owner, name)))
+    module = __import__(script)
+    for name in ("evaluate", "evaluate_classifier", "write_pseudo_masks"):
+        if hasattr(module, name):
+            monkeypatch.setattr(module, name, allowed(getattr(module, name)))
+    try:
+        train(tiny, script, tmp_path, "--log-every", 1000)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
