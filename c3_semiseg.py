@@ -61,7 +61,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from common import transforms as T
-from common.backbones import RESNETS, DeepLabV2, load_weights, upsample
+from common.backbones import DeepLabV2, upsample
 from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
@@ -72,8 +72,9 @@ from common.random import mix
 from common.run_folder import RunFolder
 from common.runtime import Runtime
 from common.schedules import make_teacher, poly, ramp, set_lr, update_ema
-from common.settings import ANY, BaseConfig, UserError, option
+from common.settings import ANY, RESNETS, BaseConfig, UserError, option
 from common.streams import Stream, endless, once
+from common.weights import load_weights
 
 SEMI = dict(supervised=False)  # what a flag needs to have an effect
 CONSIST = SEMI | dict(lambda_1=ANY)

@@ -99,7 +99,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import transforms as T
-from common.backbones import DEEP_STEM, PSP, ResNet, load_weights, stem_of
+from common.backbones import PSP, ResNet
 from common.cam import weak_labels
 from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
@@ -118,6 +118,7 @@ from common.schedules import (RAMPS, make_teacher, momentum_sgd, poly, ramp, set
 from common.settings import ANY, BaseConfig, UserError, option
 from common.streams import Stream, endless, once
 from common.vat import adversarial
+from common.weights import DEEP_STEM, load_weights, stem_of
 
 PERTURBATIONS = {  # decoders of each type in "CCT" (Sec. 4.4.1); their hyper-parameters: Table 12
     "i_vat": 2, "dropout": 6, "g_cutout": 6, "con_msk": 2, "obj_msk": 2, "f_drop": 6, "f_noise": 6}

@@ -75,7 +75,7 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tvf
 
 from common import transforms as T
-from common.backbones import INPUT_SCALES, RESNETS, DeepLabV2, DeepLabV3Plus, load_weights
+from common.backbones import INPUT_SCALES, DeepLabV2, DeepLabV3Plus
 from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
@@ -89,8 +89,9 @@ from common.roc import auc, in_words, roc_picture
 from common.run_folder import RunFolder, make_folder
 from common.runtime import Runtime
 from common.schedules import make_teacher, momentum_sgd, poly, set_lr, update_ema
-from common.settings import ANY, BaseConfig, Size, UserError, option
+from common.settings import ANY, RESNETS, BaseConfig, Size, UserError, option
 from common.streams import Stream, endless, once
+from common.weights import load_weights
 
 A = dict(branch=("s4gan", "both"))  # what a flag needs to have an effect
 B = dict(branch=("mlmt", "both"))

@@ -70,8 +70,7 @@ from torchvision.transforms.v2 import functional as tvf
 
 from common import checkpoint
 from common import transforms as T
-from common.backbones import (ASPP, INPUT_SCALES, RESNETS, DeepLabV2, hold_bn, load_weights,
-                              read_weights, upsample)
+from common.backbones import ASPP, INPUT_SCALES, DeepLabV2, hold_bn, upsample
 from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
@@ -85,8 +84,9 @@ from common.random import mix
 from common.run_folder import RunFolder
 from common.runtime import Runtime
 from common.schedules import make_teacher, update_ema
-from common.settings import ANY, BaseConfig, UserError, flag, option
+from common.settings import ANY, RESNETS, BaseConfig, UserError, flag, option
 from common.streams import Stream, endless, once, to_device
+from common.weights import load_weights, read_weights
 
 BALANCE = {  # Sec. IV-B: (from this many labels on, labelled images of a minibatch, both lambdas)
     "cityscapes": ((0, 1, 1 / 2), (1448, 3, 1 / 2)),  # 1448 in the text, 1488 in Table II

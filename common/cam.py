@@ -10,7 +10,7 @@ from torch import nn
 
 from common import checkpoint
 from common import transforms as T
-from common.backbones import ResNet, load_weights
+from common.backbones import ResNet
 from common.crf import dense_crf, unary_of_labels
 from common.datasets.pseudo import PseudoLabelled
 from common.datasets.tags import Tagged
@@ -19,6 +19,7 @@ from common.random import mix
 from common.schedules import poly, set_lr
 from common.settings import UserError
 from common.streams import Stream, endless, to_device
+from common.weights import load_weights
 
 
 class CamNet(nn.Module):

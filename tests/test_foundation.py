@@ -13,14 +13,15 @@ from PIL import Image
 from torch import nn
 
 from common import checkpoint, transforms
-from common.backbones import (ASPP, PSP, RESNETS, DeepLabResNet, DeepLabV2, DeepLabV3Plus, ResNet,
-                              hold_bn, load_matching, load_weights, upsample)
+from common.backbones import (ASPP, PSP, DeepLabResNet, DeepLabV2, DeepLabV3Plus, ResNet, hold_bn,
+                              upsample)
 from common.datasets.shapes import draw, open_shapes
 from common.random import Random, mix
 from common.runtime import Runtime
 from common.schedules import update_ema
-from common.settings import UserError
+from common.settings import RESNETS, UserError
 from common.streams import Stream, endless, to_device
+from common.weights import load_matching, load_weights
 
 
 def dilations(layer):

@@ -40,13 +40,14 @@ import s4gan_mlmt as s4
 import three_stage as ts
 from common import randaugment
 from common import transforms as T
-from common.backbones import DEEP_STEM, PSP
+from common.backbones import PSP
 from common.checkpoint import load_network
 from common.command_line import parse
 from common.miou import ConfusionMatrix
 from common.regions import find_blobs
 from common.runtime import Runtime
 from common.schedules import make_teacher, poly, ramp, set_lr
+from common.weights import DEEP_STEM
 
 # What is mended in memory, so that the releases run on a CPU with today's packages. Besides: tabs become
 # spaces, there is an np.int, .cuda() does nothing; float32 is float64 where a test asks for `double`.
