@@ -21,7 +21,7 @@ Map (paper -> this file)
   Eq. 11 L_adv, Table 8      domain_loss           Sec. 4.4.1 K per type     PERTURBATIONS, --k
   Eq. 12 its gradient        reverse_gradient      App. A Mean Teacher, VAT  train, input_vat
   Eq. 13-15 I-VAT            i_vat, common/vat.py  App. B.2 masking          --confidence
-  Eq. 16, Fig. 8 w_u(t)      consistency_weight    App. D, Fig. 2, 7         --format smoothness
+  Eq. 16, Fig. 8 w_u(t)      weight                App. D, Fig. 2, 7         --format smoothness
   Eq. 17 eta(t)              eta                   App. F multi-scale        predict
   App. C Algorithm 1         train                 Table 12                  Config, PRESETS
 
@@ -117,7 +117,7 @@ from common.schedules import (RAMPS, make_teacher, momentum_sgd, poly, ramp, set
                               update_ema)
 from common.settings import ANY, BaseConfig, UserError, option
 from common.streams import Stream, endless, once
-from common.vat import adversarial
+from common.vat import adversarial, input_vat
 from common.weights import DEEP_STEM, load_weights, stem_of
 
 PERTURBATIONS = {  # decoders of each type in "CCT" (Sec. 4.4.1); their hyper-parameters: Table 12
@@ -212,8 +212,6 @@ class Config(BaseConfig):
     last_relu: bool = option(True, "ReLU after the last sub-pixel convolution, as released")
     supervised_loss: str = option("ce", "L_s: ce (Eq. 1) or ab_ce (Eq. 4)", ("ce", "ab_ce"),
                                   group="optimisation")
-    eta_final: float = option(0.9, "ab-CE: final threshold (Eq. 17)", within=(0, 1),
-                              needs=dict(supervised_loss="ab_ce"))
     eta_length: float = option(0.4, "ab-CE: ramp, as a share of the steps (App. K; Table 12: 0.5)",
                                within=(0, 1), needs=dict(supervised_loss="ab_ce"))
     batch: int = option(10, "labelled images per step over all processes; as many unlabelled",
@@ -503,7 +501,7 @@ def eta(step, cfg, num_classes):
     """Eq. 17: threshold of ab-CE, from 1/C up to 0.9"""
     t = step / max(cfg.eta_length * cfg.steps, 1)
     low = 1 / num_classes
-    return min(cfg.eta_final, (1 - math.exp(-5 * t)) * (cfg.eta_final - low) + low)
+    return min(0.9, (1 - math.exp(-5 * t)) * (0.9 - low) + low)
 
 
 def distance(kind, p, logits):
@@ -538,14 +536,10 @@ def domain_loss(logits, domain):
     return -logits.float().log_softmax(1)[:, domain].mean()
 
 
-def consistency_weight(step, cfg):
-    """Eq. 16: w_u(t) = lambda_u times --ramp, which rises over --ramp-length of the steps"""
-    return cfg.lambda_u * ramp(cfg.ramp, step, cfg.ramp_length * cfg.steps)
-
-
-def weak_weight(step, cfg):
-    """Eq. 5: w_w(t) = lambda_w times the same ramp (Table 12)"""
-    return cfg.lambda_w * ramp(cfg.ramp, step, cfg.ramp_length * cfg.steps)
+def weight(final, step, cfg):
+    """Eq. 16: w_u(t) = lambda_u times --ramp, which rises over --ramp-length of the steps; Eq. 5:
+    w_w(t) = lambda_w times the same (Table 12). final: lambda_u or lambda_w"""
+    return final * ramp(cfg.ramp, step, cfg.ramp_length * cfg.steps)
 
 
 # ---------------------------------------------------------------------- data (Sec. 4.2, 4.3)
@@ -704,14 +698,14 @@ def train(cfg, settings):
         x_u, y_w = x_u if cfg.weak else (x_u, None)
         optimizer.zero_grad()  # to None: what an idle domain owns does not move, nor decay
         if method == "vat":
-            x_u, p = input_vat(net, domain.number, x_u, ctx.random(cfg.seed, "vat", step), cfg)
+            rng = ctx.random(cfg.seed, "vat", step)
+            x_u, p = input_vat(net, x_u, rng, cfg.vat_xi, cfg.vat_eps, domain=domain.number)
         with ctx.autocast():
             z_l, z_u = encode(x_l, x_u) if method else (encode(x_l), None)
             logits_l = crop(main(z_l), x_l)
         if cfg.supervised_loss == "ab_ce":
             y_l = without_easy_pixels(logits_l, y_l, eta(step, cfg, logits_l.shape[1]))  # Eq. 4
-        loss_s = cross_entropy(logits_l, y_l, ctx.count(y_l != T.IGNORE))  # Eq. 1
-        loss = loss_s
+        loss = loss_s = cross_entropy(logits_l, y_l, ctx.count(y_l != T.IGNORE))  # Eq. 1
         terms = dict(loss_s=loss_s)
         if cfg.adversarial:  # Eq. 11, 12
             with ctx.autocast():
@@ -731,7 +725,7 @@ def train(cfg, settings):
                     with torch.no_grad():
                         p = teacher(x_u, domain.number).float().softmax(1)
             loss_u = distance("kl" if method == "vat" else "mse", p, logits_u).mean()  # App. A
-            w_u = consistency_weight(step, cfg)  # Sec. 3.2.2, Eq. 16
+            w_u = weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
             ctx.scaler.scale(loss + w_u * loss_u).backward()
             terms |= dict(loss_u=loss_u, w_u=w_u)
         else:
@@ -779,8 +773,8 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
 
     main: g. z_u [B, 512, h, w] = h(x_u). y_w: pseudo-labels of x_u, or None."""
     names = auxiliary.names
-    w_u = consistency_weight(step, cfg)  # Sec. 3.2.2, Eq. 16
-    w_w = weak_weight(step, cfg)
+    w_u = weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
+    w_w = weight(cfg.lambda_w, step, cfg)  # Eq. 5
     z = z_u.detach().float().requires_grad_()
     p, guides = main_prediction(main, auxiliary, z_u, ctx)
     keep = p.amax(1) > cfg.confidence  # App. B.2
@@ -817,18 +811,6 @@ def pairwise_mean(auxiliary, z, guides, step, cfg, ctx):
         total = sum(auxiliary_logits(k, auxiliary, z, guides, step, cfg, ctx).float().softmax(1)
                     for k in chosen)
     return chosen, total / len(chosen)
-
-
-def input_vat(net, domain, x, rng, cfg):
-    """VAT (App. A): x + r_adv and the clean prediction p; BN uses the batch, learns nothing"""
-    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
-    logits_of = partial(net, domain=domain)
-    r, p = adversarial(x, logits_of, rng, cfg.vat_xi, cfg.vat_eps)
-    for norm in norms:
-        norm.track_running_stats = True
-    return x + r, p
 
 
 # ---------------------------------------------------------------------- command line

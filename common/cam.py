@@ -13,7 +13,6 @@ from common import transforms as T
 from common.backbones import ResNet
 from common.crf import dense_crf, unary_of_labels
 from common.datasets.pseudo import PseudoLabelled
-from common.datasets.tags import Tagged
 from common.pictures import prediction_panel, save_mask, save_picture
 from common.random import mix
 from common.schedules import poly, set_lr

@@ -1,7 +1,10 @@
 """Virtual adversarial perturbations (Miyato et al. 2018), as in CCT, App. G; used by cct.py alone,
 and made to be copied."""
+from functools import partial
+
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 
 def adversarial(z, logits_of, rng, xi=0.1, eps=2.0, released=False):
@@ -35,3 +38,15 @@ def unit(d, released=False):
         return d / (d.square().sum(dims, keepdim=True).sqrt() + 1e-8)
     d = d / d.abs().amax(dims, keepdim=True).clamp(min=torch.finfo(d.dtype).tiny)
     return d / d.square().sum(dims, keepdim=True).sqrt().clamp(min=1e-12)
+
+
+def input_vat(net, x, rng, xi=0.1, eps=2.0, **arguments):
+    """VAT: x + r_adv and the clean prediction p. Batch normalisation in training mode uses the
+    batch, and learns nothing. arguments: of net, beside x."""
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.track_running_stats = False
+    r, p = adversarial(x, partial(net, **arguments), rng, xi, eps)
+    for norm in norms:
+        norm.track_running_stats = True
+    return x + r, p
