@@ -494,7 +494,7 @@ def without_easy_pixels(logits, y, threshold):
     p_true = torch.where(y == 255, 2.0, (-loss).exp())  # ignored pixels come last
     hardest = p_true.flatten().topk(min(len(y) + 1, y.numel()), largest=False).values
     kth = ((y != 255).sum() - 1).clamp(0, len(hardest) - 1)  # the (B+1)-th, or the last valid one
-    return y.masked_fill(p_true >= hardest[kth].clamp(min=threshold), 255)
+    return y.masked_fill(p_true >= hardest.gather(0, kth[None]).clamp(min=threshold), 255)
 
 
 def eta(step, cfg, num_classes):
@@ -510,12 +510,11 @@ def distance(kind, p, logits):
     mse: (p - q)^2.  kl: p log(p/q).  js: KL(p|m)/2 + KL(q|m)/2, m = (p + q)/2.
     p: main probabilities [B, C, H, W] (constant); logits [B, C, H, W] of an auxiliary decoder.
     """
-    logits = logits.float()
     if kind == "kl":
-        return (torch.xlogy(p, p) - p * logits.log_softmax(1)).mean(1)
-    q = logits.softmax(1)
+        return (torch.xlogy(p, p) - p * logits.log_softmax(1, dtype=torch.float32)).mean(1)
+    q = logits.softmax(1, dtype=torch.float32)
     if kind == "mse":
-        return (p - q).square().mean(1)
+        return F.mse_loss(q, p, reduction="none").mean(1)
     # probabilities may underflow to 0
     log_p, log_q, log_m = (x.clamp(min=1e-30).log() for x in (p, q, (p + q) / 2))  # js
     return (p * (log_p - log_m) + q * (log_q - log_m)).mean(1) / 2
@@ -778,21 +777,21 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
     z = z_u.detach().float().requires_grad_()
     p, guides = main_prediction(main, auxiliary, z_u, ctx)
     keep = p.amax(1) > cfg.confidence  # App. B.2
-    kept = ctx.count(keep)
-    labelled = ctx.count(y_w != T.IGNORE) if cfg.weak else None
+    kept = len(names) * ctx.count(keep)  # the mean over pixels, and that over decoders (Eq. 2)
+    labelled = len(names) * ctx.count(y_w != T.IGNORE) if cfg.weak else None
     paired, mean_q = pairwise_mean(auxiliary, z, guides, step, cfg, ctx)
     losses = dict(loss_u=0.0, w_u=w_u)
     losses |= dict(loss_w=0.0, w_w=w_w) if cfg.weak else {}
     losses |= dict(loss_pairwise=0.0) if paired else {}
     for k in range(len(names)):
         logits_k = auxiliary_logits(k, auxiliary, z, guides, step, cfg, ctx)
-        loss_k = (distance(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 7-9
-        losses["loss_u"] += loss_k.detach() / len(names)
-        total_k = w_u * loss_k / len(names)  # Eq. 2
+        loss_k = (distance(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 2, 7-9
+        losses["loss_u"] += loss_k.detach()
+        total_k = w_u * loss_k
         if cfg.weak:
-            loss_w_k = cross_entropy(crop(logits_k, x_u), y_w, labelled)
-            losses["loss_w"] += loss_w_k.detach() / len(names)
-            total_k = total_k + w_w * loss_w_k / len(names)  # Eq. 6
+            loss_w_k = cross_entropy(crop(logits_k, x_u), y_w, labelled)  # Eq. 6
+            losses["loss_w"] += loss_w_k.detach()
+            total_k = total_k + w_w * loss_w_k
         if k in paired:
             loss_pair_k = pairwise(logits_k, mean_q) / len(paired)  # Eq. 10
             losses["loss_pairwise"] += loss_pair_k.detach()

@@ -47,15 +47,17 @@ def random_rectangles(blobs, u, share, shape):
     blob its rectangle is; share: of each side of the box. All are painted at once: with +1 and -1
     at their corners, cumulative sums over rows and columns count those that cover a pixel.
     """
-    (y0, x0, y1, x1), valid = blobs
+    box, valid = blobs
     b, height, width = shape
-    top, bottom = random_interval(y0, y1, share, u[0])
-    left, right = random_interval(x0, x1, share, u[1])
+    (top, left), (bottom, right) = random_interval(box[:2], box[2:], share, u)
+    y = torch.stack([top, top, bottom, bottom])
+    x = torch.stack([left, right, left, right])
+    one = valid.int()
+    sign = torch.stack([one, -one, -one, one])
     sample = torch.arange(b, device=u.device).repeat_interleave(height * width)
+    at = (sample * (height + 1) + y) * (width + 1) + x
     corners = torch.zeros(b * (height + 1) * (width + 1), dtype=torch.int32, device=u.device)
-    for y, x, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
-        at = (sample * (height + 1) + y) * (width + 1) + x
-        corners.index_add_(0, at.clamp(0, len(corners) - 1), sign * valid.int())
+    corners.index_add_(0, at.flatten().clamp(0, len(corners) - 1), sign.flatten())
     covers = corners.view(b, height + 1, width + 1).cumsum(1).cumsum(2)
     return covers[:, :-1, :-1] > 0
 

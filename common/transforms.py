@@ -36,8 +36,11 @@ def resize_long_side(image, mask, length, interpolation=InterpolationMode.BICUBI
 
 
 def normalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
-    """uint8 [.., 3, H, W] in 0..255 -> float32 with zero mean and unit variance per channel."""
-    return tvf.normalize(tvf.to_dtype(image, torch.float32, scale=True), list(mean), list(std))
+    """uint8 [.., 3, H, W] in 0..255 -> float32 with zero mean and unit variance per channel. As
+    torchvision's, for which the host would wait for the GPU."""
+    mean, std = (torch.tensor(values)[:, None, None].to(image.device, non_blocking=True)
+                 for values in (mean, std))
+    return (tvf.to_dtype(image, torch.float32, scale=True) - mean) / std
 
 
 def denormalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
