@@ -60,6 +60,7 @@ def predict_folder(network, cfg, out, palette, ctx):
     failed = torch.zeros(len(paths), device=ctx.device)
     mine = range(ctx.rank, len(paths), ctx.world)
     every = max(10, len(mine) // 10)
+    torch.backends.cudnn.benchmark = False  # it would try algorithms for size after size
     for count, i in enumerate(mine, 1):
         try:
             image = read_image(paths[i])

@@ -136,5 +136,7 @@ def once(split, transform, batch, workers, ctx):
     scored = Scored(split, transform, ctx)
     loader = DataLoader(scored, batch_size=batch, num_workers=min(workers, len(scored)),
                         pin_memory=ctx.device.type == "cuda")
+    torch.backends.cudnn.benchmark = batch > 1  # else it would try algorithms for size after size
     for samples in start(loader):
         yield to_device(samples, ctx.device)
+    torch.backends.cudnn.benchmark = True

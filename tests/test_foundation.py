@@ -20,7 +20,7 @@ from common.random import Random, mix
 from common.runtime import Runtime
 from common.schedules import update_ema
 from common.settings import RESNETS, UserError
-from common.streams import Stream, endless, to_device
+from common.streams import Stream, endless, once, to_device
 from common.weights import load_matching, load_weights
 
 
@@ -169,6 +169,14 @@ def test_pad_is_the_mean_colour_and_ignore():
     assert (padded_mask[5:] == 255).all() and (padded_mask[:, 6:] == 255).all()
     assert padded[:, 7, 7].tolist() == [124, 116, 104] == padded[:, 0, 7].tolist()
     assert transforms.normalise(padded)[:, 7, 7].abs().max() < 0.01  # half a grey level
+
+
+def test_images_of_many_sizes_are_not_benchmarked():
+    split = open_shapes().val
+    for batch in (1, 2):
+        for _ in once(split, transforms.ForScoring(), batch, 0, Runtime("cpu")):
+            assert torch.backends.cudnn.benchmark == (batch > 1)
+        assert torch.backends.cudnn.benchmark
 
 
 def test_batches_are_normalised_on_the_device():
