@@ -382,13 +382,9 @@ class Augment:
             image, mask = T.resize(image, mask, cfg.size)
         low, high = cfg.scale
         scale = low + 0.1 * int(rng.integers(round((high - low) / 0.1) + 1))
-        height, width = (round(side * scale) for side in image.shape[1:])
-        image, mask = T.resize(image, mask, (height, width))
+        image, mask = T.resize(image, mask, [round(side * scale) for side in image.shape[1:]])
         if cfg.crop:
-            image, mask = T.pad_to(image, mask, cfg.crop)
-            if mask is not None:
-                mask[height:] = cfg.pad_label
-                mask[:, width:] = cfg.pad_label
+            image, mask = T.pad_to(image, mask, cfg.crop, cfg.pad_label)
             image, mask = T.random_crop(image, mask, cfg.crop, rng)
         if cfg.shift:
             image, mask = T.random_shift(image, mask, cfg.shift, rng)

@@ -50,18 +50,18 @@ def denormalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def pad_to(image, mask, size):
-    """Pad bottom and right up to `size`: an image with the mean colour, its mask with 255."""
+def pad_to(image, mask, size, label=IGNORE):
+    """Pad bottom and right up to `size`: an image with the mean colour, its mask with a label."""
     bottom = max(0, size[0] - image.shape[1])
     right = max(0, size[1] - image.shape[2])
-    return pad(image, mask, [0, 0, right, bottom])
+    return pad(image, mask, [0, 0, right, bottom], label)
 
 
-def pad(image, mask, edges):
+def pad(image, mask, edges, label=IGNORE):
     """edges: left, top, right, bottom"""
     if any(edges):
         image = tvf.pad(image, edges, fill=MEAN_COLOUR)
-        mask = mask if mask is None else tvf.pad(mask[None], edges, fill=IGNORE)[0]
+        mask = mask if mask is None else tvf.pad(mask[None], edges, fill=label)[0]
     return image, mask
 
 
