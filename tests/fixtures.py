@@ -51,13 +51,6 @@ def save_lines(path, rows):
     path.write_text("".join(f"{row}\n" for row in rows))
 
 
-def add_junk(folder):
-    """What archives and file browsers leave between the files."""
-    (folder / "__MACOSX").mkdir()
-    for name in (".DS_Store", "._2007_000032.png", "__MACOSX/stray.png", "__MACOSX/stray.mat"):
-        (folder / name).touch()
-
-
 VOC_TRAIN = [f"2007_{k:06d}" for k in (32, 39, 63, 68, 121, 170)]
 VOC_VAL = [f"2007_{k:06d}" for k in (33, 42, 61)]
 SBD_ONLY = [f"2008_{k:06d}" for k in (2, 3, 7, 8)]
@@ -100,16 +93,6 @@ def make_sbd(root):
     return Path(root)
 
 
-def make_aug(root):
-    """VOC and SegmentationClassAug: gray masks of VOC's ids and of the four others."""
-    voc = make_voc(root) / "VOCdevkit/VOC2012"
-    for key, mask in sbd_only_masks().items():
-        save_gray(voc / f"SegmentationClassAug/{key}.png", mask)
-    for path in (voc / "SegmentationClass").glob("*.png"):
-        save_gray(voc / f"SegmentationClassAug/{path.name}", Image.open(path))
-    return Path(root)
-
-
 CITY_TRAIN = ("aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313", "jena_000000_000019",
               "zurich_000120_000019", "zurich_000121_000019")
 CITY_VAL = ("frankfurt_000000_000294", "lindau_000000_000019")
@@ -133,8 +116,6 @@ def make_cityscapes(root):
 CAMVID = {"train": ("0001TP_006690", "0001TP_006720", "0006R0_f00930", "0006R0_f00960", "0016E5_00390",
                     "0016E5_00901"),
           "val": ("0016E5_07959", "0016E5_07961"), "test": ("Seq05VD_f00000", "Seq05VD_f00030")}
-
-
 CAMVID_COLOURS = {  # of the masks of Cambridge -> SegNet's class
     (128, 128, 128): 0, (64, 64, 128): 7,  # Sky; Fence
     (192, 0, 128): 1, (0, 128, 64): 1, (128, 0, 0): 1, (64, 0, 64): 1, (64, 192, 0): 1,  # Building, ..
@@ -195,18 +176,16 @@ def make_sunrgbd(root, renumbered=False):
 
 PCONTEXT = {"train": [f"2008_{k:06d}" for k in (8, 15, 19, 23, 26, 28)],
             "val": ["2008_000002", "2008_000003"]}
-PCONTEXT_ROW = {360: 50, 2: 1, 397: 11, 19: 52, 431: 0, 1: 0, 0: 0, 459: 0}  # stored -> class
 
 
 def make_pcontext(root):
-    """PASCAL-Context on VOC 2010: 6 train, 2 val images; the first row of a LabelMap holds PCONTEXT_ROW."""
+    """PASCAL-Context on VOC 2010: 6 train, 2 val images; LabelMaps of four classes and an unknown number."""
     root, rng = Path(root), np.random.default_rng(8)
-    voc, row = root / "VOCdevkit/VOC2010", np.array([*PCONTEXT_ROW])
+    voc, numbers = root / "VOCdevkit/VOC2010", np.array([360, 2, 397, 19, 431])
     (root / "trainval").mkdir(parents=True, exist_ok=True)
     for split, keys in PCONTEXT.items():
         for k, key in enumerate(keys):
-            mask = row[blocks(rng, SIZES[k % 4], range(5))]
-            mask[0] = row[np.arange(mask.shape[1]) % len(row)]
+            mask = numbers[blocks(rng, SIZES[k % 4], range(5))]
             save_picture(voc / f"JPEGImages/{key}.jpg", picture_of(rng, mask % 256))
             scipy.io.savemat(root / f"trainval/{key}.mat", {"LabelMap": mask.astype(np.uint16)})
         save_lines(voc / f"ImageSets/Main/{split}.txt", keys)

@@ -346,7 +346,8 @@ def trained(monkeypatch, tmp_path):
         short = dict(batch=4, k=1, steps=1, labeled="3", ramp_length=0.0, lambda_u=20.0, weight_decay=0.0,
                      log_every=1, save_every=1)
         cfg = config(**{**short, **values}, out=str(folder))
-        record = types.SimpleNamespace(cfg=cfg, folder=folder, states=[])
+        states = []
+        record = types.SimpleNamespace(cfg=cfg, folder=folder, states=states)
         rng = np.random.default_rng(0)
         datasets = {}
         for number, count in enumerate(domains):
@@ -357,8 +358,8 @@ def trained(monkeypatch, tmp_path):
             if ignored:
                 train.masks[:] = 255
             name = f"domain{number}"
-            palette = np.zeros((count, 3), np.uint8)
-            datasets[name] = SegmentationData(name, "abcdefg"[:count], palette, train, Split({}, {}, {}), "val")
+            palette, val = np.zeros((count, 3), np.uint8), Split({}, {}, {})
+            datasets[name] = SegmentationData(name, "abcdefg"[:count], palette, train, val, "val")
 
         def spy(cfg, domains):
             networks = make_networks(cfg, domains)
@@ -369,12 +370,12 @@ def trained(monkeypatch, tmp_path):
         with monkeypatch.context() as patch:
             patch.setattr(cct, "make_networks", spy)
             patch.setattr("common.domains.open_dataset", lambda name, *_: datasets[name])
-            patch.setattr("common.checkpoint.save", lambda _, state: record.states.append(copy.deepcopy(state)))
+            patch.setattr("common.checkpoint.save", lambda _, state: states.append(copy.deepcopy(state)))
             cct.train(cfg, {name: dataclasses.replace(cfg, data=name) for name in datasets})
         record.net.to(memory_format=torch.channels_last)  # as in training, to the last digit
         record.auxiliary = record.auxiliaries[0]
         optimizer = cct.make_optimizer(record.net, record.auxiliaries, record.discriminator, cfg)
-        optimizer.load_state_dict(record.states[0]["optimizer"])
+        optimizer.load_state_dict(states[0]["optimizer"])
         record.gradient = {p: optimizer.state[p]["momentum_buffer"] for p in optimizer.state}
         batches_l, batches_u = cct.streams(record.domains[0], 0, CTX)
         record.x_l, record.y_l = next(batches_l)
@@ -529,14 +530,15 @@ def test_domains_have_the_settings_of_their_own_presets():
     assert [d.data for d in domains.values()] == ["cityscapes", "camvid", "folder", "folder"]
     assert [d.size for d in domains.values()] == [(512, 1024), (360, 480), None, None]
     assert [d.long_side for d in domains.values()] == [None, None, 400, 400]
-    assert {d.batch for d in domains.values()} == {4} and {d.backbone for d in domains.values()} == {"resnet50"}
-    forced = settled("--data camvid+folder --size 64 --labeled 20")
-    assert [(d.size, d.long_side, d.crop, d.labeled) for d in forced.values()] == [((64, 64), None, None, "20")] * 2
+    assert {(d.batch, d.backbone) for d in domains.values()} == {(4, "resnet50")}
+    forced = settled("--data camvid+folder --size 64 --labeled 20").values()
+    assert {(d.size, d.long_side, d.crop, d.labeled) for d in forced} == {((64, 64), None, None, "20")}
     cropped = settled("--data folder --size 64 --crop 32")["folder"]
     assert (cropped.size, cropped.crop) == ((64, 64), (32, 32))
-    table2 = settled("--data cityscapes+camvid --labeled 50+100")
-    assert [(d.labeled, d.epochs) for d in table2.values()] == [("50", 50), ("100", 50)]
-    assert [(d.labeled, d.epochs) for d in settled("--data cityscapes+sunrgbd13").values()] == [("1500", 100)] * 2
+    table2 = settled("--data cityscapes+camvid --labeled 50+100").values()
+    assert [(d.labeled, d.epochs) for d in table2] == [("50", 50), ("100", 50)]
+    both = settled("--data cityscapes+sunrgbd13").values()
+    assert [(d.labeled, d.epochs) for d in both] == [("1500", 100), ("1500", 100)]
 
 
 @pytest.mark.parametrize("flags, said", [
@@ -550,10 +552,12 @@ def test_wrong_domains_are_told(flags, said):
 
 def test_domains_take_turns_and_the_idle_one_does_not_move(trained):
     record = trained(domains=(C, 3), steps=4, lr=0.1, weight_decay=0.1)
-    assert record.net.decoders[1].adapt.out_channels == record.auxiliaries[1].decoders[0].adapt.out_channels == 3
+    second = record.net.decoders[1], record.auxiliaries[1].decoders[0]
+    assert [decoder.adapt.out_channels for decoder in second] == [3, 3]
+    tensors = [{f"{part}.{name}": tensor for part in ("net", "auxiliaries")
+                for name, tensor in state[part].items()} for state in record.states]
     for step in (1, 2, 3):
-        before, after = ({f"{part}.{name}": tensor for part in ("net", "auxiliaries")
-                          for name, tensor in state[part].items()} for state in record.states[step - 1:step + 1])
+        before, after = tensors[step - 1:step + 1]
         idle = (f"net.decoders.{1 - step % 2}.", f"auxiliaries.{1 - step % 2}.")
         for name in before:  # no weight decay, no momentum
             assert torch.equal(before[name], after[name]) == name.startswith(idle), name

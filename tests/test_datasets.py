@@ -8,7 +8,6 @@ import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
@@ -25,9 +24,9 @@ from common.datasets.mat import read_mat
 from common.datasets.tags import Tagged, read_tags
 from common.datasets.voc import voc_palette
 from common.settings import UserError
-from fixtures import (BDD, CAMVID, CAMVID_COLOURS, CITY_TRAIN, CITY_VAL, PCONTEXT, PCONTEXT_ROW, SBD_ONLY,
-                      SUN_37_TO_13, VOC_TRAIN, VOC_VAL, add_junk, blocks, make_aug, make_bdd100k,
-                      make_camvid, make_cityscapes, make_folder, make_pcontext, make_sbd, make_sunrgbd,
+from fixtures import (BDD, CAMVID, CAMVID_COLOURS, CITY_TRAIN, CITY_VAL, PCONTEXT, SBD_ONLY,
+                      SUN_37_TO_13, VOC_TRAIN, VOC_VAL, blocks, make_bdd100k, make_camvid,
+                      make_cityscapes, make_folder, make_pcontext, make_sbd, make_sunrgbd,
                       make_voc, save_gray, save_lines, save_palette, save_picture, sbd_only_masks)
 
 MAKERS = {"voc": make_sbd, "cityscapes": make_cityscapes, "camvid": make_camvid, "sunrgbd": make_sunrgbd,
@@ -35,7 +34,6 @@ MAKERS = {"voc": make_sbd, "cityscapes": make_cityscapes, "camvid": make_camvid,
           "bdd100k": make_bdd100k, "folder": make_folder}
 OWN = {"voc": "VOCdevkit/VOC2012", "camvid": "CamVid", "pcontext": "VOCdevkit/VOC2010",
        "pcontext59": "VOCdevkit/VOC2010", "bdd100k": "bdd100k"}
-every_dataset = pytest.mark.parametrize("name", MAKERS)
 
 
 def masked(split):
@@ -48,9 +46,15 @@ def error_of(function, *arguments):
     return str(caught.value)
 
 
-@every_dataset
-def test_images_and_masks_have_the_promised_types_sizes_and_values(tmp_path, name):
-    data = open_dataset(name, MAKERS[name](tmp_path))
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_dataset_has_the_promised_types_sizes_and_values(tmp_path, name):
+    """Its root may be its own folder or its parent; a wrong one is refused."""
+    root = MAKERS[name](tmp_path)
+    data, own = open_dataset(name, str(root)), open_dataset(name, root / OWN.get(name, ""))
+    assert own.train.keys == data.train.keys and own.train.masks == data.train.masks
+    assert own.val.keys == data.val.keys
+    message = error_of(open_dataset, name, tmp_path / "nowhere")
+    assert f"{tmp_path / 'nowhere'}: no {name} there. Expected: " in message
     assert data.palette.shape == (len(data.classes), 3) and data.palette.dtype == np.uint8
     seen = set()
     for split in (data.train, data.val):
@@ -65,28 +69,6 @@ def test_images_and_masks_have_the_promised_types_sizes_and_values(tmp_path, nam
     assert seen <= {*range(len(data.classes)), 255} and len(seen) >= 4
     assert (255 in seen) == (name != "pcontext")
     pickle.dumps(data.train)  # as it goes to a worker
-
-
-@every_dataset
-def test_root_may_be_the_own_folder_or_its_parent_and_a_wrong_one_is_refused(tmp_path, name):
-    root = MAKERS[name](tmp_path)
-    parent, own = open_dataset(name, str(root)), open_dataset(name, root / OWN.get(name, ""))
-    assert own.train.keys == parent.train.keys and own.val.keys == parent.val.keys
-    assert own.train.masks == parent.train.masks
-    message = error_of(open_dataset, name, tmp_path / "nowhere")
-    assert f"{tmp_path / 'nowhere'}: no {name} there. Expected: " in message
-
-
-@every_dataset
-def test_junk_files_are_passed_over(tmp_path, name):
-    root = (make_aug if name == "voc" else MAKERS[name])(tmp_path)
-    before = open_dataset(name, root)
-    files = before.train.images + before.train.masks + before.val.images + before.val.masks
-    for folder in {Path(file).parent for file in files if file}:
-        add_junk(folder)
-    after = open_dataset(name, root)
-    assert after.train.keys == before.train.keys and after.train.masks == before.train.masks
-    assert after.val.keys == before.val.keys and after.notes == before.notes
 
 
 VOC, CITY = "VOCdevkit/VOC2012", "leftImg8bit gtFine".split()
@@ -110,11 +92,7 @@ def test_data_are_found_where_archives_unpack(tmp_path, name, places):
     ("voc", f"JPEGImages/{SBD_ONLY[2]}.jpg", f"1 of 10 listed images are missing ({SBD_ONLY[2]})"),
     ("voc", f"SegmentationClass/{VOC_VAL[0]}.png", "1 of 3 val images have no mask (2007_000033)"),
     ("voc", "ImageSets/Segmentation/val.txt", "val.txt: cannot be read as a text file"),
-    ("camvid", "trainannot/0006R0_f00930.png", "1 of 6 train images have no mask (0006R0_f00930)"),
-    ("sunrgbd", "sunrgbd_train_test_labels", "6 of 6 train images have no mask"),
     ("cityscapes", "gtFine/train/aachen", "leftImg8bit/train/aachen: 2 images without"),
-    ("cityscapes", "leftImg8bit/train/zurich", "gtFine/train/zurich: 2 images without a mask, or"),
-    ("pcontext", "../../trainval/2008_000015.mat", "train images have no mask (2008_000015)"),
     ("folder", "masks/train", "no training image has a mask. Expected: "),
     ("folder", "images/val", "no folder there. Expected: ")])
 def test_incomplete_data_is_refused(tmp_path, name, lost, wrong):
@@ -145,7 +123,11 @@ def test_trainaug_is_derived_and_masks_come_from_the_best_source(tmp_path):
 
 
 def test_segmentation_class_aug_stands_in_for_what_is_missing(tmp_path):
-    voc = make_aug(tmp_path) / VOC
+    voc = make_voc(tmp_path) / VOC
+    for key, mask in sbd_only_masks().items():
+        save_gray(voc / f"SegmentationClassAug/{key}.png", mask)
+    for path in (voc / "SegmentationClass").glob("*.png"):
+        save_gray(voc / f"SegmentationClassAug/{path.name}", Image.open(path))
     data = open_dataset("voc", tmp_path)
     assert data.train.keys == sorted(VOC_TRAIN + SBD_ONLY)
     assert all("Aug" not in path for path in data.train.masks[:6] + data.val.masks)
@@ -159,14 +141,13 @@ def test_segmentation_class_aug_stands_in_for_what_is_missing(tmp_path):
 VOC_TAR, SBD_TGZ = "VOCtrainval_11-May-2012.tar", "benchmark.tgz"
 
 
-@pytest.fixture
-def archives(tmp_path, monkeypatch):
-    """torchvision's classes stay; fetching is replaced: an `archive` comes from a tree made here.
-    -> the archives fetched, and those whose transfer breaks off"""
-    made, log = make_sbd(tmp_path / "made"), SimpleNamespace(fetched=[], broken=[])
+def test_download_fetches_what_is_missing_once_and_an_interrupted_one_is_no_dataset(tmp_path, monkeypatch):
+    """torchvision's classes stay; fetching is replaced: an archive comes from a tree made here."""
+    made, root = make_sbd(tmp_path / "made"), tmp_path / "data"
+    fetched = []
 
     def fetch(url, root, filename, md5):
-        log.fetched.append(filename)
+        fetched.append(filename)
         os.makedirs(root, exist_ok=True)
         open(os.path.join(root, filename), "wb").close()
         if filename == VOC_TAR:
@@ -176,24 +157,19 @@ def archives(tmp_path, monkeypatch):
             shutil.copytree(made / "benchmark_RELEASE/dataset", unpacked)
             os.mkdir(os.path.join(unpacked, "img"))
             os.mkdir(os.path.join(unpacked, "inst"))
-        if filename in log.broken:
+        if filename == broken:
             raise URLError("connection reset")
     monkeypatch.setattr(torchvision.datasets.voc, "download_and_extract_archive", fetch)
     monkeypatch.setattr(torchvision.datasets.sbd, "download_and_extract_archive", fetch)
-    return log
-
-
-def test_download_fetches_what_is_missing_once_and_an_interrupted_one_is_no_dataset(tmp_path, archives):
-    root = tmp_path / "data"
-    for archives.broken in ([VOC_TAR], [SBD_TGZ]):
+    for broken in (VOC_TAR, SBD_TGZ):
         message = error_of(open_dataset, "voc", root, True)
         assert "connection reset" in message and SBD_TGZ in message and str(root) in message
     assert (root / VOC).exists() and not (root / "SBD").exists()
-    archives.broken = []
+    broken = ""
     with ThreadPoolExecutor(2) as pool:  # as the processes of a torchrun
         opened = list(pool.map(lambda _: open_dataset("voc", root, download=True), range(2)))
     assert [len(masked(data.train)) for data in opened] == [10, 10]
-    assert archives.fetched == [VOC_TAR, VOC_TAR, SBD_TGZ, SBD_TGZ]
+    assert fetched == [VOC_TAR, VOC_TAR, SBD_TGZ, SBD_TGZ]
     assert sorted(os.listdir(root)) == [".download.lock", "SBD", "VOCdevkit"]
 
 
@@ -281,27 +257,20 @@ CONTEXT_TO_SORTED = [int(word) for word in """
 
 
 def test_pcontext_classes_with_and_without_background(tmp_path):
+    """An image of 20x23 pixels holds the numbers 0..459 in turn."""
     root = make_pcontext(tmp_path)
     data, without = open_dataset("pcontext", root), open_dataset("pcontext59", root)
-    assert data.train.keys == without.train.keys == PCONTEXT["train"]
-    assert data.val.keys == PCONTEXT["val"]
-    for i in range(6):  # sky, aeroplane, table, bedclothes, unknown, another, none, another
-        mask = data.train.mask(i)
-        assert mask[0, :8].tolist() == [*PCONTEXT_ROW.values()] == [50, 1, 11, 52, 0, 0, 0, 0]
-        assert np.array_equal(without.train.mask(i), np.where(mask > 0, mask.astype(int) - 1, 255))
-    assert data.classes == ("background", *without.classes) and len(set(data.classes)) == 60
-    assert np.array_equal(data.palette, voc_palette()[:60])
-
-
-def test_pcontext_every_number_of_the_459(tmp_path):
-    """An image of 20x23 pixels holds the numbers 0..459 in turn."""
-    data = open_dataset("pcontext", make_pcontext(tmp_path))
+    assert data.train.keys == without.train.keys == PCONTEXT["train"] and data.val.keys == PCONTEXT["val"]
     save_picture(Path(data.train.images[0]), np.zeros((20, 23, 3), np.uint8))
     scipy.io.savemat(data.train.masks[0], {"LabelMap": np.arange(460).reshape(20, 23)})
     mask = data.train.mask(0).ravel()
-    assert data.classes[mask[360]] == "sky" and data.classes[mask[458]] == "wood"
+    found = [data.classes[mask[number]] for number in (2, 19, 360, 397, 440)]
+    assert found == ["aeroplane", "bedclothes", "sky", "table", "wall"]
     alphabetical = mask[mask > 0].tolist()  # by their numbers among the 459
     assert [alphabetical.index(k) + 1 for k in range(1, 60)] == CONTEXT_TO_SORTED
+    assert np.array_equal(without.train.mask(0).ravel(), np.where(mask > 0, mask.astype(int) - 1, 255))
+    assert data.classes == ("background", *without.classes)
+    assert np.array_equal(data.palette, voc_palette()[:60])
 
 
 @pytest.mark.parametrize("old", [False, True])
@@ -361,8 +330,11 @@ def test_images_that_cannot_be_read_are_named_in_one_sentence(tmp_path):
     Image.new("RGB", (40, 50)).save(tmp_path / "cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:50])
     (tmp_path / "foreign.jpg").write_bytes(b"%PDF-1.7 and more")
-    save_picture(tmp_path / "folder.png/inside.png", np.zeros((4, 5, 3), np.uint8))
+    for name in ("folder.png/inside.png", "__MACOSX/stray.png", "._hidden.png"):
+        save_picture(tmp_path / name, np.zeros((4, 5, 3), np.uint8))
+    (tmp_path / "loop").symlink_to("loop")
     assert sorted(find_files(tmp_path, [".png"])) == ["bomb", "cut", "folder"]
+    assert "loop: this folder cannot be read (Too many" in error_of(find_files, tmp_path / "loop", [".png"])
     for name, wrong in {"float.tif": "8 or 16 bits", "bomb.png": "exceeds limit", "cut.png": "",
                         "foreign.jpg": "identify", "folder.png": "Is a directory", "gone.png": ""}.items():
         message = error_of(read_image, tmp_path / name)
@@ -395,8 +367,6 @@ def test_gray_and_palette_masks_keep_their_values_and_gray_ones_of_2_bits_are_re
     ("camvid", "PNG", "L", [12], "holds 12, but only 0..11 and 255 are", "start at 1 instead of 0"),
     ("folder", "PNG", "L", [9, 38, 75, 147], "holds 9, 38, 75, .., but only 0..3 and 255 are", "brightness"),
     ("folder", "PNG", "RGB", [0], "a PNG file of mode RGB", ""),
-    ("folder", "PNG", "1", [0], "a PNG file of mode 1, 1 bits", ""),
-    ("folder", "PNG", "I;16", [0], "a PNG file of mode I", ""),
     ("folder", "JPEG", "L", [0], "a JPEG file of mode L", "")])
 def test_a_mask_error_names_file_fault_and_cause(tmp_path, name, kind, mode, values, wrong, cause):
     train = open_dataset(name, MAKERS[name](tmp_path)).train
@@ -419,30 +389,18 @@ def test_masks_of_a_wrong_size_and_damaged_ones_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("compressed", [True, False])
-def test_damaged_mat_files_are_refused_or_hold_numbers(tmp_path, compressed):
+def test_damaged_mat_files_are_refused(tmp_path, compressed):
     rng, path = np.random.default_rng(0), tmp_path / "a.mat"
     mask = blocks(rng, (64, 80), (0, 1, 15))
     edges = np.empty((2, 1), object)
     edges[:, 0] = [scipy.sparse.csc_matrix(mask == k) for k in (1, 15)]
     scipy.io.savemat(path, {"GTcls": {"Boundaries": edges, "Segmentation": mask}}, do_compression=compressed)
     assert np.array_equal(read_mat(path, "GTcls.Segmentation"), mask)
-    stored, refused = path.read_bytes(), 0
-    for k in range(150):
-        damaged = np.frombuffer(stored, np.uint8).copy()
-        start, end = np.sort(rng.integers(0, len(damaged), 2))
-        if k % 3 == 0:
-            damaged = damaged[:end]
-        elif k % 3 == 1:
-            damaged[start:end] = 0
-        else:
-            damaged[rng.integers(0, 400, 5)] ^= 255
-        path.write_bytes(damaged.tobytes())
-        try:
-            assert read_mat(path, "GTcls.Segmentation").dtype == np.uint16
-        except UserError as error:
-            assert str(error).startswith(f"{path}: cannot be read as a MAT file of GTcls.Segm")
-            refused += 1
-    assert refused > 75
+    stored = path.read_bytes()
+    for damaged in (stored[:len(stored) // 2], stored[:140] + bytes(len(stored) - 140)):
+        path.write_bytes(damaged)
+        message = error_of(read_mat, path, "GTcls.Segmentation")
+        assert message.startswith(f"{path}: cannot be read as a MAT file of GTcls.Segm")
     for wrong in (0.5, -1.0, np.nan, 65536):
         scipy.io.savemat(path, {"LabelMap": mask.astype(float) + wrong})
         assert "not whole numbers from 0 to 65535" in error_of(read_mat, path, "LabelMap")
@@ -535,10 +493,8 @@ def test_folder_keys_may_hold_blanks_commas_and_dots(tmp_path):
     ("voc", ["2099_000001", "nonsense", "2099_000003 -1", "{0}", "{0} {1},"],
      "4 lines name no image of voc, as {0} does (line 3: 2099_000001, line 4: nonsense, line 5: 2099_"),
     ("voc", ["{0}", "{0}.jpg"], "1 images are listed twice ({0})"), ("voc", [], "the list is empty"),
-    ("sunrgbd", ["image/test/img-000001.jpg"], "1 images belong to test, which is scored (test/000001)"),
     ("voc", ["{0}", "{2}"], "1 images belong to val, which is scored ({2})"),
     ("folder", ["{0}", "unlabeled/new2"], "1 of the 2 images have no mask (unlabeled/new2)"),
-    ("voc", ["{1}", "{0} {1}"], "line 4: {1} is not the mask of {0}"),
     ("voc", ["JPEGImages/{0}.jpg {3}/{0}.png"], "line 3: {3}/{0}.png is not the mask of {0} in --root"),
     ("voc", ["JPEGImages\\{0}.jpg masks\\..\\{0}.png"], "line 3: masks/../{0}.png leads out of --root"),
     ("folder", ["{0}\tmasks/train/more/img0.png"], "line 3: masks/train/more/img0.png is not")])
@@ -603,7 +559,8 @@ def test_hostile_and_damaged_pickles_are_refused_and_take_no_memory(tmp_path, mo
 def test_tags_of_a_file_are_read(tmp_path, name, names):
     data, file = open_dataset(name, MAKERS[name](tmp_path / "data")), tmp_path / "tags.txt"
     one, two, three = data.train.keys[:3]
-    rows = [f"images\\{two}.jpg ,{names[0]},  {names[1]}, ,", f'{one},"{names[1]}",{names[1]}', f"{three},{names[0]}"]
+    a, b = names
+    rows = [f"images\\{two}.jpg ,{a},  {b}, ,", f'{one},"{b}",{b}', f"{three},{a}"]
     a, b = (data.classes.index(word) for word in names)
     for text in ("\n".join(rows), "\ufeff\r\n# a comment\r\n" + "  \r\n".join(rows) + "\t\r\n\r\n"):
         file.write_bytes(text.encode())
@@ -611,7 +568,7 @@ def test_tags_of_a_file_are_read(tmp_path, name, names):
         assert {i: set(np.flatnonzero(tags[i])) for i in tags} == {0: {b}, 1: {a, b}, 2: {a}}
         tags = read_tags(file, data, always=(0,))
         assert {i: set(np.flatnonzero(tags[i])) for i in tags} == {0: {0, b}, 1: {0, a, b}, 2: {0, a}}
-        assert all(of_image.dtype == bool and of_image.shape == (len(data.classes),) for of_image in tags.values())
+        assert {(tag.dtype, tag.shape) for tag in tags.values()} == {(np.dtype(bool), (len(data.classes),))}
 
 
 def test_names_with_a_comma_stand_in_quotes_in_tags(tmp_path):
@@ -624,10 +581,9 @@ def test_names_with_a_comma_stand_in_quotes_in_tags(tmp_path):
 
 @pytest.mark.parametrize("rows, wrong", [  # {0} and {1} are images of train, {2} one of val
     (["{0}, car", "img9, car"], "tags.txt, line 3: img9 is no training image of folder, as train/img0 is"),
-    (["image,tags", "{0}, car"], "line 2: image is no training image"), (["{2}, car"], "line 2: val/img0 is no"),
+    (["{2}, car"], "line 2: val/img0 is no"),
     (["{0}, car", "{0}.jpg, sky"], "line 3: train/img0 has a line already"),
-    (["{0}"], "line 2: train/img0 has no tags; expected names"), (["{0},"], "train/img0 has no tags"),
-    (["{0} car"], "line 2: train/img0 car is no training image"), ([","], "line 2: , is no training image"),
+    (["{0},"], "train/img0 has no tags"), ([","], "line 2: , is no training image"),
     (["{0}, Car, bus"], "line 2: Car, bus: no such class; folder has ground, tall tree, car, sky"),
     ([], "tags.txt: the list is empty")])
 def test_wrong_tags_are_refused(tmp_path, rows, wrong):
@@ -649,7 +605,7 @@ def test_tags_are_those_of_the_file_or_of_a_mask_that_may_be_opened(tmp_path):
     assert [tagged.mask(i).tolist() for i in range(9)] == [[False, False, k == 1, k != 1] for k in range(9)]
     assert np.array_equal(tagged.image(8), data.train.image(8))
     save_lines(file, lines[:5])
-    said = "tags.txt: 4 of 9 training images have no tags (train/more/img0, unlabeled/new0, unlabeled/new1, ..); "
-    assert said + "expected a line for each" in error_of(Tagged, data, [0, 1], file)
+    message = error_of(Tagged, data, [0, 1], file)
+    assert "tags.txt: 4 of 9 training images have no tags (train/more/img0, " in message and "a line for" in message
     assert "--weak: 3 of 9 training images have no tags (unlabeled/" in error_of(Tagged, data, [0, 1])
     assert Tagged(data, [0, 1], needed=[0, 1]).mask(1).tolist() == [False, False, True, False]

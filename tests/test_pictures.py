@@ -4,7 +4,7 @@ import os
 
 import numpy as np
 import pytest
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageColor
 
 from common import pictures
 from common.pictures import VOID, colour, line_plot, prediction_panel, save_mask
@@ -26,18 +26,6 @@ def test_a_mask_reads_back_exactly_with_its_colours(tmp_path, classes):
     assert os.listdir(tmp_path) == ["mask.png"]
 
 
-def test_a_write_that_is_cut_short_leaves_the_old_mask(tmp_path, monkeypatch):
-    def killed(self, file, format):
-        file.write(b"half a fi")
-        raise KeyboardInterrupt
-
-    save_mask(np.ones((2, 2), int), PALETTE, tmp_path / "mask.png")
-    monkeypatch.setattr(Image.Image, "save", killed)
-    with pytest.raises(KeyboardInterrupt):
-        save_mask(np.zeros((2, 2), int), PALETTE, tmp_path / "mask.png")
-    assert (np.array(Image.open(tmp_path / "mask.png")) == 1).all()
-
-
 def test_every_id_has_the_colour_of_its_class_and_others_are_refused():
     found = colour(np.array([[0, 1], [2, 255]]), PALETTE)
     assert found.tolist() == [[[0, 0, 0], [200, 10, 20]], [[30, 40, 250], list(VOID)]]
@@ -57,20 +45,14 @@ def test_a_panel_shows_each_picture_at_its_place_in_no_colour_but_the_classes():
 
 
 @pytest.mark.parametrize("classes", [2, 60])
-def test_the_legend_names_every_class_beside_its_colour_inside_the_panel(monkeypatch, classes):
-    boxes = {}
-
-    def text(self, xy, text, fill, font, anchor):
-        boxes[text] = self.textbbox(xy, text, font, anchor=anchor)
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+def test_the_legend_has_the_colour_of_every_class(classes):
     palette = np.random.default_rng(0).integers(0, 256, (classes, 3)).astype(np.uint8)
     names = [f"class with a name {i}" for i in range(classes)]
-    ids = np.zeros((64, 64), int)
+    ids = np.full((64, 64), 255)
     panel = prediction_panel([(np.zeros((64, 64, 3), np.uint8), ids, ids)], palette, names)
-    for name, rgb in zip([*names, "ignored"], [*palette.tolist(), VOID]):
-        left, top, right, bottom = boxes[name]
-        assert right <= panel.width and bottom <= panel.height
-        assert panel.getpixel((left - 16, (top + bottom) // 2)) == tuple(rgb)
+    legend = panel.crop((0, pictures.LINE + pictures.CELL[1], *panel.size))
+    shown = [colour for count, colour in legend.getcolors(10 ** 6) if count > 14 * 14]
+    assert {*map(tuple, palette.tolist()), VOID} <= {*shown}
 
 
 def test_a_value_is_drawn_at_its_place_and_one_that_is_not_finite_nowhere(tmp_path):

@@ -1,4 +1,4 @@
-"""The README's lists of commands run, each in its order, with small presets on small data in the real formats."""
+"""The README's lists of commands run, each in its order, with small presets on small data."""
 import glob
 import importlib
 import pickle
@@ -37,7 +37,7 @@ def commands(code):
     """[[file or -m, flag, ..]] of lines for a shell, which reads loops, quotes and comments itself"""
     shell = """python() { printf '%s\\n' "$@" ''; }
                torchrun() { while [[ $1 == --* ]]; do shift; done; python "$@"; }"""
-    said = subprocess.run(["bash", "-euc", f"{shell}\n{code}"], check=True, capture_output=True, text=True).stdout
+    said = subprocess.check_output(["bash", "-euc", f"{shell}\n{code}"], text=True)
     return [words.split("\n") for words in said.strip().split("\n\n")]
 
 

@@ -1,18 +1,15 @@
-"""The table and the picture of run folders: numbers worked out by hand from logs written here, and real tiny runs."""
+"""The table and the picture of run folders: by hand, from logs written here, and of real tiny runs."""
 import importlib
 import json
-import re
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, run_here
-from PIL import Image, ImageColor
 
 from common import summary
-from common.command_line import run
-from common.settings import to_save
+from common.settings import UserError, to_save
 
 TITLES = "step,loss_s,gpu_gb,seconds,miou,best\n"
 
@@ -22,15 +19,15 @@ def write(folder, script="cct", miou=0.5, log=None, step=10, steps=10, domains=(
     config = to_save(importlib.import_module(script).Config(**dict(data="voc", precision="fp32") | settings))
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    state = dict(script=script, step=step, steps=steps, config=config, domains=[dict(name=name) for name in domains])
-    torch.save(state, folder / "last.pt")
+    state = dict(script=script, step=step, steps=steps, config=config)
+    torch.save(state | dict(domains=[dict(name=name) for name in domains]), folder / "last.pt")
     rows = f"4,1.5,2.5,3600,,\n4,,,900,0.6,0.6\n10,1.2,3.25,600,,\n10,,,300,{miou:.6g},0.6\n"
     (folder / "log.csv").write_text(TITLES + rows if log is None else log)
     return folder
 
 
 def printed(capsys, *arguments):
-    assert not run(lambda: summary.main([*map(str, arguments)]))
+    summary.main([*map(str, arguments)])
     return capsys.readouterr().out.splitlines()
 
 
@@ -54,7 +51,7 @@ def test_columns_are_the_settings_that_differ_and_old_folders_may_lack_some(tmp_
     lines = [line.split("  ") for line in printed(capsys, *sorted(tmp_path.iterdir()))]
     cells = [[cell.strip() for cell in line if cell] for line in lines]
     assert cells == [
-        ["script", "labeled", "supervised", "size", "vat_xi", "mIoU", "best", "seeds", "steps", "hours", "GPU GB"],
+        [*"script labeled supervised size vat_xi mIoU best seeds steps hours".split(), "GPU GB"],
         ["c3_semiseg", "all", "off", "-", "-", "50.0", "60.0", "1", "10", "1.5", "3.25"],
         ["cct", "1/8", "on", "-", "0.1", "25.0", "50.0", "1", "10", "<0.01", "-"],  # 30 s, on a CPU
         ["cct", "all", "off", "8x16", "0.1", "50.0", "60.0", "1", "10", "1.5", "3.25"],
@@ -63,7 +60,7 @@ def test_columns_are_the_settings_that_differ_and_old_folders_may_lack_some(tmp_
 
 def test_unfinished_runs_are_listed_and_do_not_count(tmp_path, capsys):
     write(tmp_path / "a")
-    write(tmp_path / "b", seed=1, step=7, log=TITLES + "7,1,,1,,\n7,,,1,0.6,0.6\n8,1,,2,,\n1")  # being written
+    write(tmp_path / "b", seed=1, step=7, log=TITLES + "7,1,,1,,\n7,,,1,0.6,0.6\n8,1,,2,,\n1")  # cut short
     write(tmp_path / "c", seed=2, log=TITLES + "10,1,,20,,\n")  # without its last score
     (write(tmp_path / "d", seed=3) / "last.pt").unlink()
     assert printed(capsys, *sorted(tmp_path.iterdir()))[1:] == [
@@ -85,8 +82,9 @@ def test_stages_branches_domains(tmp_path, capsys):
     fused = write(tmp_path / "d", "s4gan_mlmt", log=log + "10,3600,,,0.55\n")
     begun = write(tmp_path / "e", "s4gan_mlmt", log=log)
     alone = write(tmp_path / "f", "s4gan_mlmt", log="", branch="mlmt")
+    log = "step,seconds,auc_macro,best\n8,1800,0.75,0.8\n"
     for folder in fused, begun, alone:
-        write(folder / "mlmt", "s4gan_mlmt", log="step,seconds,auc_macro,best\n8,1800,0.75,0.8\n", step=8, steps=8)
+        write(folder / "mlmt", "s4gan_mlmt", log=log, step=8, steps=8)
     write(tmp_path / "g", domains=("voc", "camvid"), data="voc+camvid",
           log="step,miou,miou_voc,miou_camvid,best\n10,0.5,0.6,0.4,0.5\n")
     lines = printed(capsys, *sorted(tmp_path.iterdir()), "--markdown")
@@ -97,7 +95,8 @@ def test_stages_branches_domains(tmp_path, capsys):
         "| s4gan_mlmt | voc | both | - | - | 50.0 | 55.0 | 75.0 | 50.0 | 1 | 10 | 2.5 | - |",
         "| s4gan_mlmt | voc | mlmt | - | - | - | - | 75.0 | 80.0 | 1 | 8 | 0.5 | - |",
         "| three_stage | voc | - | - | - | 20.0 | - | - | 41.0 | 1 | 14 | 1 | - |",
-        f"{more}: unfinished, step 14/14", f"{third}: unfinished, step 18/24", f"{begun}: unfinished, step 10/10, 8/8"]
+        f"{more}: unfinished, step 14/14", f"{third}: unfinished, step 18/24",
+        f"{begun}: unfinished, step 10/10, 8/8"]
     assert summary.read_run(stages).settings["stages"] == "2"
 
 
@@ -117,10 +116,6 @@ def test_a_picture_has_a_line_for_each_combination_of_the_other_settings(tmp_pat
     assert "mIoU in %" in title and x_label == "labelled images" and ticks == {1: "1/20", 2: "1/8", 3: "all"}
     assert list(lines) == ["semi-supervised", "supervised"]
     assert np.allclose(lines["supervised"], [(1, 41, 2 ** 0.5), (2, 41, 2 ** 0.5), (3, 46, 2 ** 0.5)])
-    colours = np.array(Image.open(path))[:, :800]
-    for i in (0, 1):  # a bar is straight above and below its point, at a third of the axis
-        found = (colours == ImageColor.getrgb(("royalblue", "orangered")[i])).all(2)
-        assert found[:, 320 + 4 * i - 2].sum() > 20 and found[:, 320 + 4 * i - 4].sum() < 10
     for k in (4, 12):
         write(tmp_path / f"k{k}", k=k, miou=k / 20)
     printed(capsys, *tmp_path.glob("k*"), "--plot", "k", "--out", path)
@@ -128,31 +123,23 @@ def test_a_picture_has_a_line_for_each_combination_of_the_other_settings(tmp_pat
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["nothing-*"], "nothing-\\* is no run folder: expected config.json"), ([], "the following arguments are required"),
-    (["a", "--out", "x.png"], "--out has no effect without --plot"), (["a/log.csv"], "log.csv is no run folder"),
-    (["a", "b", "--plot", "colour"], "--plot colour: expected a setting that differs .*those that differ: k$"),
-    (["a", "b", "--plot", "distance"], "differ: k$"), (["a", "--plot", "k"], "differ: none$"),
-    (["lines"], "lines/log.csv: expected .*lines of equal length"), (["binary"], "binary/log.csv: expected a step"),
-    (["words"], "words has a file that is damaged"), (["settings"], "settings has a file that is damaged"),
-    (["list"], "list has a file that is damaged"), (["empty"], "empty has a file that is damaged, or of another"),
-    (["half"], "half/last.pt is not a checkpoint"), (["older"], "older has a file that is .*of another version .*'steps'")])
-def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, capsys, arguments, said):
+    (["nothing-*"], "nothing-\\* is no run folder: expected config.json"),
+    (["a", "--out", "x.png"], "--out has no effect without --plot"),
+    (["a", "b", "--plot", "colour"], "--plot colour: expected a setting that differs .* differ: k$"),
+    (["a", "--plot", "k"], "differ: none$"), (["lines"], "lines/log.csv: expected .*lines of equal length"),
+    (["words"], "words has a file that is damaged"), (["list"], "list has a file that is damaged"),
+    (["half"], "half/last.pt is not a checkpoint"), (["older"], "older has a file .*another version .*'steps'")])
+def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    write(tmp_path / "a", k=1)
-    write(tmp_path / "b", k=2)
-    for name, log in dict(lines="1,2\n", words="1,a,,,,\n", binary="").items():
-        write(tmp_path / name, log=TITLES + log)
-    (tmp_path / "binary/log.csv").write_bytes(b"step\n\xff\n")
-    for name, config in dict(settings="{", list="[]", empty="{}").items():
-        (write(tmp_path / name) / "config.json").write_text(config)
-    (write(tmp_path / "half") / "last.pt").write_bytes(b"half")
-    torch.save(dict(script="cct", step=10), write(tmp_path / "older") / "last.pt")
-    try:
-        status = run(lambda: summary.main(arguments))
-    except SystemExit as end:  # argparse's own
-        status = end.code
-    errors = capsys.readouterr().err.strip().splitlines()
-    assert status == 2 and re.search(said, errors[-1]) and (len(errors) == 1 or not arguments)
+    for k, name in enumerate(("a", "b", "lines", "words", "list", "half", "older")):
+        write(tmp_path / name, k=k + 1)
+    (tmp_path / "lines/log.csv").write_text(TITLES + "1,2\n")
+    (tmp_path / "words/log.csv").write_text(TITLES + "1,a,,,,\n")
+    (tmp_path / "list/config.json").write_text("[]")
+    (tmp_path / "half/last.pt").write_bytes(b"half")
+    torch.save(dict(script="cct", step=10), tmp_path / "older/last.pt")
+    with pytest.raises(UserError, match=said):
+        summary.main(arguments)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

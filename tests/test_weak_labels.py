@@ -1,4 +1,4 @@
-"""Class activation maps, pseudo-labels, and the maps of the cluster assumption, each against a slow version."""
+"""Class activation maps, pseudo-labels, maps of the cluster assumption, each against a slow version."""
 import os
 import signal
 import types
@@ -12,6 +12,7 @@ from PIL import Image
 
 from common import cam
 from common.crf import dense_crf, unary_of_labels
+from common.datasets import open_dataset
 from common.datasets.pseudo import PseudoLabelled
 from common.datasets.voc import voc_palette
 from common.pictures import save_mask
@@ -48,7 +49,8 @@ def test_pretrained_layers_that_do_not_learn(pretrained):
     network(normal(0, 2, 3, 64, 64)).sum().backward()
     learning = {name for name, p in network.named_parameters() if p.grad is not None and p.grad.any()}
     assert {"body.layer4.1.conv2.weight", "body.layer4.1.bn2.weight", "classifier.weight"} <= learning
-    early = [name for name in learning if name.startswith(("body.conv1", "body.bn1", "body.layer1", "body.layer2"))]
+    parts = ("body.conv1", "body.bn1", "body.layer1", "body.layer2")
+    early = [name for name in learning if name.startswith(parts)]
     assert bool(early) != pretrained
     moved = any(not torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
     assert moved != pretrained
@@ -66,7 +68,8 @@ def test_activation_maps_sum_scales_and_mirror_images_of_the_present_classes():
             total += F.interpolate(one, (48, 64), mode="bilinear", align_corners=False)[0, 0]
     maps = cam.activation_maps(network, x, torch.tensor([1, 3]))
     torch.testing.assert_close(maps[1], total / (total.max() + 1e-5), rtol=1e-4, atol=1e-5)
-    assert maps.shape == (2, 48, 64) and cam.activation_maps(network, x, torch.tensor([]).long()).shape == (0, 48, 64)
+    nothing = cam.activation_maps(network, x, torch.tensor([]).long())
+    assert maps.shape == (2, 48, 64) and nothing.shape == (0, 48, 64)
 
 
 def test_thresholds_divide_into_classes_background_and_ignored():
@@ -97,57 +100,43 @@ def test_each_threshold_is_refined_by_the_crf_alone():
     assert torch.equal(label.long(), expected) and (label[:, 18:] == 7).float().mean() > 0.9
 
 
-class Tiny:
-    """A split of six images in memory; the last one has no mask."""
-    keys = [f"city/{k}" for k in range(6)]
-    masks = np.random.default_rng(1).integers(0, 3, (6, 8, 9), dtype=np.uint8)
-
-    def image(self, i):
-        return np.zeros((8, 9, 3), np.uint8)
-
-    def mask(self, i):
-        return self.masks[i]
-
-    def has_mask(self, i):
-        return i < 5
-
-    def __len__(self):
-        return 6
+@pytest.fixture
+def pseudo(folder_data, tmp_path):
+    return PseudoLabelled(open_dataset("folder", folder_data), tmp_path)
 
 
-def pseudo_labelled(folder):
-    return PseudoLabelled(types.SimpleNamespace(train=Tiny(), classes=tuple("abc")), folder)
-
-
-def test_writing_goes_on_where_it_was_and_says_what_went_wrong(tmp_path):
-    pseudo = pseudo_labelled(tmp_path)
+def test_writing_goes_on_where_it_was_and_says_what_went_wrong(pseudo):
     written = []
 
     def make(i):
         if i == 4:
             raise UserError("broken")
         written.append(i)
-        save_mask(Tiny.masks[i], voc_palette()[:3], pseudo.path(i))
+        save_mask(pseudo.split.mask(i), voc_palette()[:4], pseudo.path(i))
     with pytest.raises(UserError, match="broken"):
         pseudo.write(make, [1, 2, 4], 1, CTX)
-    assert sorted(written) == [1, 2] and (tmp_path / "city/2.png").exists()
-    pseudo.write(make, [1, 2, 3], 2, CTX)
-    assert sorted(written) == [1, 2, 3]
-    assert np.array_equal(pseudo.mask(3), Tiny.masks[3])
+    assert sorted(written) == [1, 2] and (pseudo.folder / "train/img2.png").exists()
+    pseudo.write(make, [1, 2, 3, 5], 2, CTX)
+    assert sorted(written) == [1, 2, 3, 5]
+    assert np.array_equal(pseudo.mask(5), pseudo.split.mask(5))
     Image.fromarray(np.full((8, 9), 77, np.uint8)).save(pseudo.path(3))
-    with pytest.raises(UserError, match="city/3.png: expected 8-bit ids 0..2"):
+    with pytest.raises(UserError, match="train/img3.png: expected 8-bit ids 0..3"):
         pseudo.mask(3)
 
 
-def test_comparison_counts_the_pixels_that_have_a_label(tmp_path):
-    pseudo = pseudo_labelled(tmp_path)
-    (tmp_path / "city").mkdir()
-    for i in (0, 2, 5):
-        label = (Tiny.masks[i] + (i == 2)) % 3  # of image 2 all wrong
-        label[:2 + i] = 255
-        save_mask(label, voc_palette()[:3], pseudo.path(i))
-    confusion, share, rows = pseudo.compare([0, 2, 5], CTX)
-    assert confusion.accuracy() == pytest.approx(6 / 10) and share == pytest.approx((6 + 4) / 16)
+def test_comparison_counts_the_pixels_that_have_a_label(pseudo):
+    """Of image 0 the upper half is right, of image 2 a quarter is wrong; image 7 has no mask."""
+    right, wrong = (pseudo.split.mask(i).astype(int) for i in (0, 2))
+    right[32:] = 255
+    wrong = (wrong + 1) % 4
+    wrong[20:] = 255
+    for i, label in ((0, right), (2, wrong), (7, right)):
+        pseudo.path(i).parent.mkdir(exist_ok=True)
+        save_mask(label, voc_palette()[:4], pseudo.path(i))
+    confusion, share, rows = pseudo.compare([0, 2, 7], CTX)
+    counts = [((label != 255) & (pseudo.split.mask(i) != 255)).sum() for i, label in ((0, right), (2, wrong))]
+    assert confusion.accuracy() == pytest.approx(counts[0] / sum(counts))
+    assert share == pytest.approx(((right != 255).mean() + 1 / 4) / 2)
     assert len(rows) == 2 and np.array_equal(rows[1][2], pseudo.mask(2))
 
 
@@ -197,18 +186,11 @@ def test_stale_pseudo_labels_are_written_anew_and_a_signal_still_saves(tmp_path,
         run_here("cct", "--evaluate", tmp_path / "run/weak/last.pt")
 
 
-def test_a_mask_is_read_once_for_all_classes(tmp_path):
-    reads = []
-
-    class Tags:
-        def image(self, i):
-            return np.zeros((20, 24, 3), np.uint8)
-
-        def mask(self, i):
-            reads.append(i)
-            return np.array([True, False, True, True])
+def test_pseudo_labels_are_of_the_tags_alone(tmp_path):
     pseudo = types.SimpleNamespace(path=lambda i: tmp_path / f"{i}.png")
+    tags = types.SimpleNamespace(image=lambda i: np.zeros((20, 24, 3), np.uint8),
+                                 mask=lambda i: np.array([True, False, True, True]))
     cfg = types.SimpleNamespace(size=None, crf=False, background=(0,), thresholds=(0.05, 0.3))
     network = cam.CamNet("resnet18", 2, 3, False).eval()
-    cam.write_pseudo_label(7, network, pseudo, Tags(), [1, 2, 3], voc_palette()[:4], cfg, CTX)
-    assert reads == [7] and set(np.unique(Image.open(tmp_path / "7.png"))) <= {0, 2, 3, 255}
+    cam.write_pseudo_label(7, network, pseudo, tags, [1, 2, 3], voc_palette()[:4], cfg, CTX)
+    assert set(np.unique(Image.open(tmp_path / "7.png"))) <= {0, 2, 3, 255}
