@@ -655,7 +655,7 @@ def train(cfg, settings):
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(domains) * longest)
     folder = RunFolder("cct", cfg, ctx, *(domain.data for domain in domains))
     for domain, about in zip(domains, folder.about["domains"]):
-        about["own"] = {name: getattr(domain.cfg, name) 
+        about["own"] = {name: getattr(domain.cfg, name)
                         for name in (*PRESET_OF_EACH, *GIVEN_FOR_EACH)}
         if cfg.weak:  # Sec. 3.3
             part = folder.part("weak" if len(domains) == 1 else f"weak-{domain.name}")

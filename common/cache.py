@@ -1,8 +1,8 @@
 """Images and masks of one size, decoded and resized once, and kept as arrays beside the runs.
 
-An array has a file of its own, which is there whole or not at all: several runs can fill and use one
-folder, and a kill loses nothing. It is as old as the image that it was made from, to the nanosecond:
-an image that was replaced is decoded again.
+An array has a file of its own, which is there whole or not at all: several runs can fill and use
+one folder, and a kill loses nothing. It is as old as the image that it was made from, to the
+nanosecond: an image that was replaced is decoded again.
 """
 import dataclasses
 import os
@@ -64,8 +64,8 @@ class Cached(Split):
 
 
 def cached(data, size, cfg, ctx):
-    """The data with a Cached training split, if `size` is given, and a scored one, if it is scored at
-    this size: in cfg.cache, or cache/ beside the run's folder, if there is room for them."""
+    """The data with a Cached training split, if `size` is given, and a scored one, if it is scored
+    at this size: in cfg.cache, or in `cache` beside the run's folder, if there is room for them."""
     if size is None or cfg.cache == "none" or data.name == "shapes":
         return data
     splits = dict(train=data.train)
@@ -79,14 +79,15 @@ def cached(data, size, cfg, ctx):
         whose = sha1(f"{paths} {len(data.classes)}".encode()).hexdigest()[:16]
         caches[name] = Cached(split, size, folder / f"{data.name}-{height}x{width}-{whose}")
         make_folder(caches[name].folder, "--cache")
-    there = sum(file.stat().st_size for cache in caches.values() for file in cache.folder.iterdir())
-    missing = 4 * height * width * sum(map(len, splits.values())) - there  # 3 bytes, and a mask
-    room = shutil.disk_usage(folder).free
-    if missing > 0.9 * room:
+    missing = sum(map(len, splits.values()))
+    for cache in caches.values():
+        missing -= sum(name.endswith("-image.npy") for name in os.listdir(cache.folder))
+    size_gb = 4 * height * width * missing / 1e9  # three colours, and perhaps a mask
+    if size_gb > 0.9 * shutil.disk_usage(folder).free / 1e9:
         ctx.say(f"note: images are decoded again and again, as {folder} has no room for "
-                f"{missing / 1e9:.1f} GB: give a --cache folder that has")
+                f"{size_gb:.1f} GB: give a --cache folder that has")
         return data
-    ctx.say(f"images of {height}x{width} are decoded once, into {folder}: up to "
-            f"{max(missing, 0) / 1e9:.1f} GB more")
+    ctx.say(f"images of {height}x{width} are decoded once, into {folder}: up to {size_gb:.1f} GB "
+            f"more")
     return dataclasses.replace(data, **caches)
 

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import re
 import typing
-from pathlib import Path
 
 import pytest
 import torch

@@ -904,7 +904,8 @@ def test_c3_steps(double, release, small, monkeypatch, tmp_path):
         uniform=first_cells if name == "views" else Drawn(*draws[step - 2]).uniform, device="cpu")
     views = [(w, s, torch.ones(2, 64, 64, dtype=torch.bool)) for w, s in unlabelled]
     replace(monkeypatch, c3, Runtime=lambda *_: ctx, check_classes=nothing, load_weights=nothing,
-            open_dataset=lambda *_: SimpleNamespace(name="shapes", classes=range(19)), choose_labelled=lambda *_: ([0], [1]),
+            open_dataset=lambda *_: SimpleNamespace(name="shapes", classes=range(19)),
+            choose_labelled=lambda *_: ([0], [1]),
             Segmenter=lambda *_: ours, RunFolder=lambda *_, **__: books(tmp_path),
             streams=lambda *_: (iter(labelled), iter(views)), evaluate=lambda *_: (MagicMock(), {}, ()),
             make_teacher=lambda net: kept.setdefault("teacher", make_teacher(net)),
@@ -993,8 +994,9 @@ def test_c3_views(release, monkeypatch):
     share, strong, _ = module.build_autoaug_transform(random_grayscale=0.0)
     jitter, augment = strong.transforms[0].transform.transforms[0], strong.transforms[1]
     drawn = []
-    c3.photometry(torch.zeros(3, 9, 9).byte(), "S", SimpleNamespace(
-        uniform=lambda a, b, n=None: drawn.extend([(a, b)] * (n or 1)) or ([0] * n if n else 0), permutation=lambda _: ()))
+    rng = SimpleNamespace(permutation=lambda _: (), uniform=lambda a, b, n=None:
+                          drawn.extend([(a, b)] * (n or 1)) or ([0] * n if n else 0))
+    c3.photometry(torch.zeros(3, 9, 9).byte(), "S", rng)
     assert drawn == [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue]
     operations = {op.aug_fn.__name__.replace("auto_c", "autoc"): op for op in augment.ops}
     assert operations.keys() == c3.OPS.keys() and augment.num_layers == 2
