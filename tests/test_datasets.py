@@ -102,6 +102,17 @@ def test_incomplete_data_is_refused(tmp_path, name, lost, wrong):
     assert wrong in error_of(open_dataset, name, tmp_path)
 
 
+def test_masks_of_0_and_255_and_images_in_both_lists_are_told(tmp_path):
+    root = make_folder(tmp_path / "folder")
+    save_lines(root / "classes.txt", ["ground", "road"])
+    for path in (root / "masks/train").rglob("*.png"):
+        save_gray(path, 255 * (np.array(Image.open(path)) > 0))
+    assert "the masks hold only 0 and 255" in error_of(open_dataset, "folder", root)
+    lists = make_pcontext(tmp_path) / OWN["pcontext"] / "ImageSets/Main"
+    shutil.copy(lists / "train.txt", lists / "val.txt")
+    assert "6 images in train and val" in error_of(open_dataset, "pcontext", tmp_path)
+
+
 def test_trainaug_is_derived_and_masks_come_from_the_best_source(tmp_path):
     data = open_dataset("voc", make_sbd(tmp_path))
     assert data.train.keys == sorted(VOC_TRAIN + SBD_ONLY)  # not VOC_VAL[0], in SBD's list
@@ -606,6 +617,6 @@ def test_tags_are_those_of_the_file_or_of_a_mask_that_may_be_opened(tmp_path):
     assert np.array_equal(tagged.image(8), data.train.image(8))
     save_lines(file, lines[:5])
     message = error_of(Tagged, data, [0, 1], file)
-    assert "tags.txt: 4 of 9 training images have no tags (train/more/img0, " in message and "a line for" in message
+    assert "tags.txt: 4 of 9 training images have no tags (train/more/img0, " in message
     assert "--weak: 3 of 9 training images have no tags (unlabeled/" in error_of(Tagged, data, [0, 1])
     assert Tagged(data, [0, 1], needed=[0, 1]).mask(1).tolist() == [False, False, True, False]

@@ -128,7 +128,7 @@ def test_a_picture_has_a_line_for_each_combination_of_the_other_settings(tmp_pat
     (["a", "b", "--plot", "colour"], "--plot colour: expected a setting that differs .* differ: k$"),
     (["a", "--plot", "k"], "differ: none$"), (["lines"], "lines/log.csv: expected .*lines of equal length"),
     (["words"], "words has a file that is damaged"), (["list"], "list has a file that is damaged"),
-    (["half"], "half/last.pt is not a checkpoint"), (["older"], "older has a file .*another version .*'steps'")])
+    (["half"], "half/last.pt is not a checkpoint"), (["older"], "older has .*another version .*'steps'")])
 def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(("a", "b", "lines", "words", "list", "half", "older")):
