@@ -508,11 +508,12 @@ def distance(kind, p, logits):
     """Eq. 7-9 at every pixel: d(p, q), q = softmax(logits), mean over classes (D1) -> [B, H, W]
 
     mse: (p - q)^2.  kl: p log(p/q).  js: KL(p|m)/2 + KL(q|m)/2, m = (p + q)/2.
-    p: main probabilities [B, C, H, W] (constant); logits [B, C, H, W] of an auxiliary decoder.
+    p: main probabilities [B, C, H, W], float32, a constant; logits [B, C, H, W] of an auxiliary
+    decoder.
     """
     if kind == "kl":
-        return (torch.xlogy(p, p) - p * logits.log_softmax(1, dtype=torch.float32)).mean(1)
-    q = logits.softmax(1, dtype=torch.float32)
+        return (torch.xlogy(p, p) - p * logits.log_softmax(1, dtype=p.dtype)).mean(1)
+    q = logits.softmax(1, dtype=p.dtype)
     if kind == "mse":
         return F.mse_loss(q, p, reduction="none").mean(1)
     # probabilities may underflow to 0
