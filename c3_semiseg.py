@@ -465,13 +465,15 @@ def evaluate(net, others, data, cfg, ctx):
     -> (ConfusionMatrix of net, {column: mIoU of the others}, rows of the panel)"""
     nets = dict(miou=net) | others
     modes = {name: network.training for name, network in nets.items()}
+    for network in nets.values():
+        network.eval()
     confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in nets}
     examples = Examples(len(data.val), ctx)
     one_size = cfg.scoring_size or data.one_size  # then images are batched
     transform = T.ForScoring(cfg.scoring_size)
     for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
         for name, network in nets.items():
-            prediction = predict(network.eval(), x, cfg, ctx).argmax(1)
+            prediction = predict(network, x, cfg, ctx).argmax(1)
             confusions[name].update(prediction, y)
             if network is net:
                 examples.add(x, y, prediction)

@@ -21,7 +21,7 @@ Map (paper -> this file)
   Eq. 11 L_adv, Table 8      domain_loss           Sec. 4.4.1 K per type     PERTURBATIONS, --k
   Eq. 12 its gradient        reverse_gradient      App. A Mean Teacher, VAT  train, input_vat
   Eq. 13-15 I-VAT            i_vat, common/vat.py  App. B.2 masking          --confidence
-  Eq. 16, Fig. 8 w_u(t)      weight                App. D, Fig. 2, 7         --format smoothness
+  Eq. 16, Fig. 8 w_u(t)      ramped_weight         App. D, Fig. 2, 7         --format smoothness
   Eq. 17 eta(t)              eta                   App. F multi-scale        predict
   App. C Algorithm 1         train                 Table 12                  Config, PRESETS
 
@@ -536,7 +536,7 @@ def domain_loss(logits, domain):
     return -logits.float().log_softmax(1)[:, domain].mean()
 
 
-def weight(final, step, cfg):
+def ramped_weight(final, step, cfg):
     """Eq. 16: w_u(t) = lambda_u times --ramp, which rises over --ramp-length of the steps; Eq. 5:
     w_w(t) = lambda_w times the same (Table 12). final: lambda_u or lambda_w"""
     return final * ramp(cfg.ramp, step, cfg.ramp_length * cfg.steps)
@@ -725,7 +725,7 @@ def train(cfg, settings):
                     with torch.no_grad():
                         p = teacher(x_u, domain.number).float().softmax(1)
             loss_u = distance("kl" if method == "vat" else "mse", p, logits_u).mean()  # App. A
-            w_u = weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
+            w_u = ramped_weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
             ctx.scaler.scale(loss + w_u * loss_u).backward()
             terms |= dict(loss_u=loss_u, w_u=w_u)
         else:
@@ -773,8 +773,8 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
 
     main: g. z_u [B, 512, h, w] = h(x_u). y_w: pseudo-labels of x_u, or None."""
     names = auxiliary.names
-    w_u = weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
-    w_w = weight(cfg.lambda_w, step, cfg)  # Eq. 5
+    w_u = ramped_weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
+    w_w = ramped_weight(cfg.lambda_w, step, cfg)  # Eq. 5
     z = z_u.detach().float().requires_grad_()
     p, guides = main_prediction(main, auxiliary, z_u, ctx)
     keep = p.amax(1) > cfg.confidence  # App. B.2

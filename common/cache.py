@@ -65,14 +65,14 @@ class Cached(Split):
 
 def cached(data, size, cfg, ctx):
     """The data with a Cached training split, if `size` is given, and a scored one, if it is scored
-    at this size: in cfg.cache, or in `cache` beside the run's folder, if there is room for them."""
+    at this size: in cfg.cache, or .cache beside the run's folder, if there is room for them."""
     if size is None or cfg.cache == "none" or data.name == "shapes":
         return data
     splits = dict(train=data.train)
     if cfg.scoring_size == size:
         splits["val"] = data.val
     height, width = size
-    folder = Path(cfg.cache or Path(cfg.out).absolute().parent / "cache")
+    folder = Path(cfg.cache or Path(cfg.out).absolute().parent / ".cache")  # runs/* has runs alone
     caches = {}
     for name, split in splits.items():
         paths = "\n".join(map(os.path.abspath, split.images))

@@ -81,7 +81,7 @@ class BaseConfig:
                           "stream; by default 8, or the number of cores if it is smaller",
                           within=(0, 256), free=True, scoring=True)
     cache: str = option("", "folder of the images that were decoded at --size; none: decode them "
-                            "anew each time [cache, beside the run folder]", needs=dict(size=ANY),
+                            "anew each time [.cache, beside the run folder]", needs=dict(size=ANY),
                         free=True)
     eval_every: int = option(1000, "steps between evaluations", within=POSITIVE, free=True)
     save_every: int = option(500, "steps between checkpoints", within=POSITIVE, free=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One pass on a machine with a GPU, about 20 minutes, or one of its parts:
+# All that needs a machine with a GPU, in one pass or in parts:
 #   tests/gpu.sh [CAMVID [OUT]] | tee gpu.txt
 #   PARTS="tests speed" tests/gpu.sh
 set -uo pipefail

@@ -39,7 +39,7 @@ def test_pixels_are_those_of_resize_and_files_are_read_once(data, tmp_path):
         kept = keep(data, tmp_path)
         assert_same_pixels(kept.val, data.val, True)
         assert_same_pixels(kept.train, data.train, False)
-    names = {path.name for path in (tmp_path / "runs/cache").rglob("*.npy")}
+    names = {path.name for path in (tmp_path / "runs/.cache").rglob("*.npy")}
     assert names == {f"{i}-image.npy" for i in range(len(data.train))} | {"0-mask.npy", "1-mask.npy"}
     for path in data.train.images:
         age = os.stat(path).st_mtime_ns

@@ -213,9 +213,9 @@ def test_fig8_ramps():
         assert ramp(shape, 0, 0) == 1
 
 
-def test_eq16_weight_and_eq17_eta():
+def test_eq16_ramped_weight_and_eq17_eta():
     cfg = cct.Config(steps=45600, ramp="exp")
-    weights = [cct.weight(cfg.lambda_u, t, cfg) for t in (0, 2280, 4560, 45599)]
+    weights = [cct.ramped_weight(cfg.lambda_u, t, cfg) for t in (0, 2280, 4560, 45599)]
     assert weights == pytest.approx([0.20214, 2.4625, 30, 30], abs=5e-5)
     cfg = cct.Config(steps=72960)  # 80 epochs of 912
     values = [cct.eta(t, cfg, 21) for t in (0, 14592, 29184)]

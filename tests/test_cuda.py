@@ -1,12 +1,13 @@
 """What only a GPU can show: mixed precision, compilation, and that no step waits for it."""
+import importlib
 import math
 
 import pytest
 import torch
 from conftest import SCRIPTS, column, last, run_here, steps_done
 
-import common.log
-import common.run_folder
+from common.log import Log
+from common.run_folder import RunFolder
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LOSSES = {"cct": ("loss_s", "loss_u"), "three_stage": ("loss_seg", "loss_con"),
@@ -44,22 +45,21 @@ def test_a_run_goes_on_where_it_stopped(tiny, tmp_path, script):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_no_step_waits_for_the_gpu(tiny, tmp_path, monkeypatch, script):
-    """torch itself stops a step that does. Log lines, evaluations and checkpoints may."""
-    def allowed(call):
-        def waiting(*arguments, **values):
+    """PyTorch itself stops a step that does. Log lines, evaluations and checkpoints may: they end the watch, and
+    the next step begins it."""
+    def watched_from(call, mode):
+        def with_mode(*arguments, **values):
             torch.cuda.set_sync_debug_mode("default")
             result = call(*arguments, **values)
-            torch.cuda.set_sync_debug_mode("error")
+            torch.cuda.set_sync_debug_mode(mode)
             return result
-        return waiting
-    for owner, name in ((common.log.Log, "flush"), (common.run_folder.RunFolder, "resume"),
-                        (common.run_folder.RunFolder, "save"), (common.run_folder.RunFolder, "finish")):
-        monkeypatch.setattr(owner, name, allowed(getattr(owner, name)))
-    module = __import__(script)
-    for name in ("evaluate", "evaluate_classifier", "write_pseudo_masks"):
-        if hasattr(module, name):
-            monkeypatch.setattr(module, name, allowed(getattr(module, name)))
+        return with_mode
+    module = importlib.import_module(script)
+    places = [(RunFolder, "stop_if_asked", "error"), (RunFolder, "save", "default"), (Log, "flush", "default")]
+    places += [(module, name, "default") for name in ("evaluate", "evaluate_classifier") if hasattr(module, name)]
+    for owner, name, mode in places:
+        monkeypatch.setattr(owner, name, watched_from(getattr(owner, name), mode))
     try:
-        train(tiny, script, tmp_path, "--log-every", 1000)
+        train(tiny, script, tmp_path, "--log-every", 1000, "--save-every", 1000)
     finally:
         torch.cuda.set_sync_debug_mode("default")

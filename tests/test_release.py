@@ -1129,7 +1129,7 @@ def test_cct_steps(double, release, small, monkeypatch):
                 changed = perturbed(kind, decoder, z, logits.argmax(1) > 0, kept[step], cfg)
                 hidden.append(((z != 0) & (changed == 0)).any().item() or kind in ("i_vat", "f_noise"))
                 loss_k = cct.distance(cfg.distance, logits.softmax(1), decoder(changed)).mean()
-                loss = loss + cct.weight(cfg.lambda_u, step, cfg) * loss_k / len(KINDS)
+                loss = loss + cct.ramped_weight(cfg.lambda_u, step, cfg) * loss_k / len(KINDS)
             loss.backward()
             optimizer.step()
     assert all(hidden), "every perturbation is at work"
@@ -1178,8 +1178,8 @@ def test_cct_schedules_and_evaluation(double, release, small):
     for step in range(1000):
         found.append(optimizer.param_groups[0]["lr"] / (cfg.lr * poly(step, cfg.steps)) - 1)
         w_u = ramping(step // 50, step % 50)
-        found.append(cct.weight(cfg.lambda_u, step, cfg) / w_u - 1)
-        found.append(cct.weight(cfg.lambda_w, step, cfg) / (w_u / ramping.final_w * conf["weakly_loss_w"]) - 1)
+        found.append(cct.ramped_weight(cfg.lambda_u, step, cfg) / w_u - 1)
+        found.append(cct.ramped_weight(cfg.lambda_w, step, cfg) / (w_u / ramping.final_w * conf["weakly_loss_w"]) - 1)
         if step < 999:
             schedule.step(epoch=step // 50)
     agree("cct", "learning rates, ramps", max(map(abs, found)))
