@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchvision.models.segmentation.deeplabv3 import ASPP as PooledASPP
 
 from common.transforms import IMAGENET_MEAN, IMAGENET_STD
@@ -224,3 +225,31 @@ def hold_bn(module, policy):
                 norm.requires_grad_(False)
             if policy in ("frozen", "statistics"):
                 norm.eval()
+            if policy == "frozen" and type(norm) is nn.BatchNorm2d:
+                norm.__class__ = FrozenBatchNorm  # parameters and buffers stay as they are
+
+
+class FrozenBatchNorm(nn.BatchNorm2d):
+    """Running statistics and weights that never change. PyTorch's BatchNorm2d keeps its input for
+    the backward pass, and so half of all that a ResNet saves; nothing needs it here."""
+
+    def forward(self, x):
+        return _ConstantMap.apply(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                  self.eps)
+
+
+class _ConstantMap(torch.autograd.Function):
+    """(x - mean) / sqrt(var + eps) * weight + bias, of which x alone has a gradient"""
+
+    @staticmethod
+    def forward(ctx, x, mean, var, weight, bias, eps):
+        ctx.save_for_backward(var, weight)
+        ctx.eps = eps
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        var, weight = ctx.saved_tensors
+        grad_x = F.batch_norm(grad, torch.zeros_like(var), var, weight, eps=ctx.eps)
+        return grad_x, None, None, None, None, None

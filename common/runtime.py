@@ -87,7 +87,7 @@ class Runtime:
         if self.world == 1:
             return module
         for norm in module.modules():
-            if isinstance(norm, nn.BatchNorm2d):
+            if type(norm) is nn.BatchNorm2d:  # a frozen one has nothing to synchronise
                 norm.__class__ = SyncBatchNorm  # parameters, buffers and settings stay as they are
                 norm.rank = self.rank
                 norm.world = self.world

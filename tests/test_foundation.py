@@ -108,6 +108,28 @@ def test_policies_of_batch_normalisation(policy, statistics, affine):
     assert (norm.weight.grad is not None) == affine
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_batch_normalisation_is_pytorchs_but_keeps_no_input(dtype):
+    ours = nn.BatchNorm2d(5).eval()
+    nn.init.uniform_(ours.weight, -1, 1)
+    nn.init.uniform_(ours.bias)
+    ours.running_mean.uniform_()
+    ours.running_var.uniform_(0.1, 2)
+    theirs = copy.deepcopy(ours).requires_grad_(False)
+    hold_bn(ours, "frozen")
+    x = torch.randn(2, 5, 3, 4, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    saved, grads = [], []
+    for norm, kept in ((ours, saved), (theirs, [])):
+        mine = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            y = norm(mine)
+        assert y.dtype == dtype and torch.equal(y, theirs(x))
+        dy = torch.linspace(-1, 1, y.numel(), dtype=dtype).view_as(y)
+        grads.append(torch.autograd.grad(y, mine, dy)[0])
+    torch.testing.assert_close(*grads)
+    assert grads[0].dtype == dtype and grads[0].abs().sum() > 0 and max(t.numel() for t in saved) == 5
+
+
 def test_psp_pools_projects_and_concatenates():
     with torch.device("meta"):
         psp = PSP(2048)
