@@ -7,7 +7,8 @@ A row holds the finished runs that differ in --seed alone, and in flags of the m
 ..). Its first columns are the settings that differ; between scripts or datasets, whose presets
 differ in nearly everything, those of FIRST alone. Scores are in percent, at the last step: mIoU, of
 several datasets also that of each, `fused` with MLMT; a classifier's macro AUC; `best`, chosen on
-the scored images. Hours are the mean time of a run, evaluations included.
+the scored images; `gain`, of mIoU (or fused) over the --supervised run of the same script, data,
+labels and seed, if there is one. Hours are the mean time of a run, evaluations included.
 """
 import argparse
 import json
@@ -112,6 +113,22 @@ def order(words):
         return 1, 0, words
 
 
+def add_gains(runs):
+    """Put a gain into the scores of those that have exactly one supervised counterpart."""
+    def key(one):
+        return *chosen(one, ("script", "data", "labeled", "split")), one.seed
+
+    baselines = {}
+    for one in runs:
+        if one.settings.get("supervised") == "on" and "mIoU" in one.scores:
+            baselines.setdefault(key(one), []).append(one.scores["mIoU"])
+    for one in runs:
+        score = one.scores.get("fused", one.scores.get("mIoU"))
+        found = baselines.get(key(one), [])
+        if one.settings.get("supervised") == "off" and score is not None and len(found) == 1:
+            one.scores["gain"] = score - found[0]
+
+
 def mean_and_std(runs, score):
     """In percent; the standard deviation of a sample (n - 1), 0 of one run"""
     values = [100 * one.scores[score] for one in runs]
@@ -122,7 +139,8 @@ def table(names, groups):
     """-> rows of words, titles first"""
     shown = [i for i, name in enumerate(names) if name != "steps"]  # it has a column in any case
     found = {score for runs in groups.values() for one in runs for score in one.scores}
-    scores = [*sorted(found - {*SCORES.values()}), *(x for x in SCORES.values() if x in found)]
+    last = (*SCORES.values(), "gain")
+    scores = [*sorted(found - {*last}), *(score for score in last if score in found)]
     rows = [[*(names[i] for i in shown), *scores, "seeds", "steps", "hours", "GPU GB"]]
     for values, runs in groups.items():
         row = [values[i] for i in shown]
@@ -175,7 +193,9 @@ def main(argv=None):
         raise UserError("--out has no effect without --plot")
     folders = {Path(folder).resolve(): folder for folder in args.folders}  # each of them once
     runs = [read_run(folder) for folder in folders.values()]
-    names, groups = group([one for one in runs if not one.running])
+    finished = [one for one in runs if not one.running]
+    add_gains(finished)
+    names, groups = group(finished)
     rows = table(names, groups) if groups else []
     widths = [max(map(len, column)) for column in zip(*rows)]
     for i, row in enumerate(rows):

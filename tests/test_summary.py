@@ -58,6 +58,25 @@ def test_columns_are_the_settings_that_differ_and_old_folders_may_lack_some(tmp_
         ["cct", "all", "off", "8x16", "-", "50.0", "60.0", "1", "10", "1.5", "3.25"]]
 
 
+def test_gain_is_over_the_one_supervised_run_of_the_same_labels_and_seed(tmp_path, capsys):
+    for name, seed, miou, settings in (
+            ("a0", 0, 0.6, {}), ("a1", 1, 0.5, {}),  # gains 10 and 2
+            ("b0", 0, 0.5, dict(supervised=True)), ("b1", 1, 0.48, dict(supervised=True)),
+            ("c0", 0, 0.7, dict(labeled="8")),  # no baseline with 8 labels
+            ("d0", 0, 0.7, dict(split="x")), ("e0", 0, 0.6, dict(split="x", supervised=True)),
+            ("f0", 0, 0.6, dict(split="x", supervised=True, lr=0.5))):  # which of two?
+        write(tmp_path / name, miou=miou, seed=seed, **settings)
+    fused = TITLES.strip() + ",miou_fused\n10,1,,20,0.5,0.5,0.75\n"
+    write(tmp_path / "g", "s4gan_mlmt", log=fused, branch="both")
+    write(tmp_path / "g/mlmt", "s4gan_mlmt", log=TITLES)
+    write(tmp_path / "h", "s4gan_mlmt", log=TITLES + "10,1,,20,0.4,0.4\n", branch="s4gan", supervised=True)
+    rows = [line.strip("| ").split(" | ") for line in printed(capsys, *sorted(tmp_path.iterdir()), "--markdown")]
+    gains = {tuple(row[:4]): row[rows[0].index("gain")] for row in rows[2:]}
+    assert rows[0][:4] == ["script", "labeled", "split", "supervised"]
+    assert {key: gain for key, gain in gains.items() if gain != "-"} == {
+        ("cct", "all", "-", "off"): "6.0 +- 5.7", ("s4gan_mlmt", "all", "-", "off"): "35.0"}
+
+
 def test_unfinished_runs_are_listed_and_do_not_count(tmp_path, capsys):
     write(tmp_path / "a")
     write(tmp_path / "b", seed=1, step=7, log=TITLES + "7,1,,1,,\n7,,,1,0.6,0.6\n8,1,,2,,\n1")  # cut short
