@@ -163,7 +163,7 @@ RELEASED = (dict(names={  # files of the authors' code: student, or teacher
 
 def settle(cfg, given):
     """Fill in what one setting decides about others. Raises UserError for contradictions."""
-    check_needs(cfg, given)
+    check_needs(given, cfg)
     if cfg.supervised:
         cfg.burn_in = 1.0
         cfg.contrast = "none"
@@ -171,8 +171,6 @@ def settle(cfg, given):
         cfg.backbone_lr_mult = 1.0 if cfg.weights == "none" else 0.3
     if cfg.batch % cfg.groups:
         raise UserError(f"--batch {cfg.batch}: expected a multiple of --groups {cfg.groups}")
-    if cfg.mix == "intra" and cfg.batch // cfg.groups % 2:
-        raise UserError("--mix intra needs an even number of labelled images in each of --groups")
     if cfg.dcrs == 1 and "dcrs_beta" in given:
         raise UserError("--dcrs-beta has no effect with --dcrs 1: drop one of the two")
     cfg.out = cfg.out or run_name("c3_semiseg", cfg, given)
@@ -452,7 +450,7 @@ def streams(data, labelled, unlabelled, step, cfg, ctx):
 # ---------------------------------------------------------------------- evaluation
 
 @torch.no_grad()
-def predict(net, x, cfg, ctx):
+def predict(net, x, ctx):
     """Logits [B, C, H, W] of x at its own size"""
     with ctx.autocast():
         return net(x).float()
@@ -473,7 +471,7 @@ def evaluate(net, others, data, cfg, ctx):
     transform = T.ForScoring(cfg.scoring_size)
     for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
         for name, network in nets.items():
-            prediction = predict(network, x, cfg, ctx).argmax(1)
+            prediction = predict(network, x, ctx).argmax(1)
             confusions[name].update(prediction, y)
             if network is net:
                 examples.add(x, y, prediction)
@@ -496,6 +494,8 @@ def train(cfg):
     check_classes("skip-classes", cfg.skip_classes, data)
     cfg.groups = max(cfg.groups, ctx.world)
     groups = ctx.share(cfg.groups, "--groups")
+    if cfg.mix == "intra" and cfg.batch // cfg.groups % 2:
+        raise UserError("--mix intra needs an even number of labelled images in each of --groups")
     burn_in = burn_in_end(cfg)
     folder = RunFolder("c3_semiseg", cfg, ctx, data)
     data = cached(data, cfg.size if set(cfg.scales) == {1} else None, cfg, ctx)
@@ -650,9 +650,8 @@ def main(argv=None):
         ctx.say(f"{path} (step {state['step']}): mIoU {100 * confusion.miou():.1f} on "
                 f"{len(data.val)} {data.scored_on} images, single scale")
     else:
-        out = cfg.out or Path(path).parent / "predictions"
         network = partial(predict, net.eval(), cfg=cfg, ctx=ctx)
-        predict_folder(network, cfg, out, state["palette"], ctx)
+        predict_folder(network, cfg, state["palette"], ctx)
     ctx.close()
 
 

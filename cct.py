@@ -124,6 +124,7 @@ PERTURBATIONS = {  # decoders of each type in "CCT" (Sec. 4.4.1); their hyper-pa
     "i_vat": 2, "dropout": 6, "g_cutout": 6, "con_msk": 2, "obj_msk": 2, "f_drop": 6, "f_noise": 6}
 SEMI = dict(supervised=False)  # what a flag needs to have an effect
 CCT = SEMI | dict(method="cct")
+VAT = SEMI | dict(method=("cct", "vat"), perturbations="i_vat")
 WEAK = CCT | dict(weak=True)
 
 
@@ -170,11 +171,10 @@ class Config(BaseConfig):
                                                "others are objects",
                                          within=(0, 254), needs=CCT)
     vat_eps: float = option(2.0, "I-VAT, VAT: norm of the perturbation (Eq. 15)", within=(0, 1e6),
-                            needs=SEMI | dict(method=("cct", "vat")))
+                            needs=VAT)
     vat_xi: float = option(0.1, "I-VAT, VAT: step of the power iteration (Eq. 13)",
-                           within=(1e-9, 1e6),
-                           needs=SEMI | dict(method=("cct", "vat"), vat_released=False))
-    vat_released: bool = option(False, "I-VAT as released (D6)", needs=CCT)
+                           within=(1e-9, 1e6), needs=VAT | dict(vat_released=False))
+    vat_released: bool = option(False, "I-VAT as released (D6)", needs=CCT | dict(perturbations="i_vat"))
     ema: float = option(0.999, "Mean Teacher: decay after the ramp-up, 0.99 within it",
                         within=(0, 1), needs=SEMI | dict(method="mean_teacher"))
 
@@ -229,13 +229,12 @@ PRESETS = {
                    backbone_layers=2, weights="none", optimizer="adam", lr=3e-3, k=1, lambda_u=15.0,
                    vat_eps=5.0, ema=0.99, weak_epochs=10, workers=0, eval_every=250,
                    save_every=100),
-    "voc": dict(labeled="1464", epochs=50, long_side=400, scale=(0.5, 2.0), crop=(320, 320),
-                flip=True),
     "cityscapes": dict(labeled="100", epochs=50, batch=4, size=(512, 1024), eval_size="train"),
     "camvid": dict(labeled="100", epochs=50, size=(360, 480), eval_size="train", eval_every=270),
     "folder": dict(epochs=50, long_side=400, scale=(0.5, 2.0), crop=(320, 320), flip=True),
     "sunrgbd": dict(labeled="1500", epochs=100, size=(480, 640), eval_size="train"),
 }
+PRESETS["voc"] = PRESETS["folder"] | dict(labeled="1464")
 PRESETS["sunrgbd13"] = PRESETS["sunrgbd"]
 PRESETS["camvid+cityscapes"] = PRESETS["cityscapes"] | dict(labeled="50")  # Table 2
 PRESETS["cityscapes+sunrgbd13"] = PRESETS["cityscapes"] | dict(labeled="1500", epochs=100)
@@ -261,7 +260,6 @@ RELEASED = (dict(names={  # files of the authors' code
 def settle(cfg, given):
     """Fill in what one setting decides about others. -> {name: Config} of the domains of --data
     a+b, whose images are treated as their own preset says, unless flags do. Raises UserError."""
-    check_needs(cfg, given)
     scratch = cfg.weights == "none"
     if cfg.decoder_init is None:
         cfg.decoder_init = "identity" if scratch else "icnr"
@@ -275,7 +273,9 @@ def settle(cfg, given):
     if "size" in given and "crop" not in given:
         given = given | dict(crop=None)  # that of the preset was for other sizes
         cfg.crop = None
-    return settings_of_domains(cfg, given, PRESETS, PRESET_OF_EACH)
+    domains = settings_of_domains(cfg, given, PRESETS, PRESET_OF_EACH)
+    check_needs(given, *domains.values())
+    return domains
 
 
 # ---------------------------------------------------------------------- model (Sec. 4.1)
@@ -333,13 +333,11 @@ class Encoder(nn.Module):
     def forward(self, x, x_u=None):
         """[B, 3, H, W] -> z >= 0, [B, 512, ceil(H/8), ceil(W/8)], padded by reflection; with x_u
         also its z. Each batch has its own BN statistics."""
-        bottom = (8 - x.shape[2] % 8) % 8  # torch.compile cannot do -n % 8
-        right = (8 - x.shape[3] % 8) % 8
-        padded = x
+        bottom, right = ((8 - side % 8) % 8 for side in x.shape[2:])  # torch.compile: no -side % 8
         if bottom or right:
             mode = "reflect" if min(x.shape[2:]) > 7 else "replicate"
-            padded = F.pad(x, (0, right, 0, bottom), mode=mode)
-        z = self.psp(self.backbone(padded))
+            x = F.pad(x, (0, right, 0, bottom), mode=mode)
+        z = self.psp(self.backbone(x))
         return z if x_u is None else (z, self(x_u))
 
 
@@ -602,9 +600,7 @@ def predict(net, x, domain, cfg, ctx):
         size = x.shape[2:]
         total = 0
         for scale in (0.5, 0.75, 1, 1.25, 1.5):  # App. F
-            scaled = x
-            if scale != 1:
-                scaled = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+            scaled = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
             logits = net(scaled, domain).float() + net(scaled.flip(3), domain).float().flip(3)
             total = total + F.interpolate(logits, size, mode="bilinear", align_corners=True) / 10
         return total
@@ -649,20 +645,14 @@ def train(cfg, settings):
     settings: {name: Config} of the domains, which take turns (Sec. 3.4)"""
     ctx = Runtime(cfg.device, cfg.precision)
     cfg.precision = ctx.precision  # what `auto` came to must not change when a run is resumed
+    ctx.share(cfg.batch)  # told now, not after the classifier of --weak
     domains = [Domain(number, *item) for number, item in enumerate(settings.items())]
     for domain in domains:
         domain.choose_labelled()
     longest = max(math.ceil(len(domain.unlabelled) / cfg.batch) for domain in domains)
     cfg.steps = cfg.steps or math.ceil(cfg.epochs * len(domains) * longest)
     folder = RunFolder("cct", cfg, ctx, *(domain.data for domain in domains))
-    for domain, about in zip(domains, folder.about["domains"]):
-        about["own"] = {name: getattr(domain.cfg, name)
-                        for name in (*PRESET_OF_EACH, *GIVEN_FOR_EACH)}
-        if cfg.weak:  # Sec. 3.3
-            part = folder.part("weak" if len(domains) == 1 else f"weak-{domain.name}")
-            augment = Augment(classifier_settings(domain.cfg))
-            domain.pseudo = weak_labels(domain, augment, part, ctx)
-        domain.data = cached(domain.data, domain.cfg.size, domain.cfg, ctx)
+    prepare(domains, folder, ctx)
 
     torch.manual_seed(mix(cfg.seed, "init"))  # the same initial weights on every process
     net, auxiliaries, discriminator = make_networks(cfg, domains)
@@ -744,6 +734,21 @@ def train(cfg, settings):
     say_tables(confusions, domains, ctx)
     folder.finish(result=f"mIoU {100 * mean_miou(confusions):.1f} ({folder.best_score})")
     return mean_miou(confusions)
+
+
+def prepare(domains, folder, ctx):
+    """Of each domain, before the training: its settings in the checkpoints, pseudo-labels (Sec.
+    3.3), images decoded once"""
+    for domain, about in zip(domains, folder.about["domains"]):
+        cfg = domain.cfg
+        about["own"] = {name: getattr(cfg, name) for name in (*PRESET_OF_EACH, *GIVEN_FOR_EACH)}
+        if cfg.weak:
+            part = folder.part("weak" if len(domains) == 1 else f"weak-{domain.name}")
+            augment = Augment(classifier_settings(cfg))
+            domain.pseudo = weak_labels(domain, augment, part, ctx)
+        domain.data = cached(domain.data, cfg.size, cfg, ctx)
+        if cfg.weak:
+            domain.pseudo.split = domain.data.train
 
 
 def make_networks(cfg, domains):
@@ -845,11 +850,10 @@ def main(argv=None):
                         f"choose the one whose classes to predict with --data")
     else:
         number, _, cfg = chosen[0]
-        out = cfg.out or Path(path).parent / "predictions"
         network = partial(predict, net.eval(), domain=number, cfg=cfg, ctx=ctx)
         if cfg.format == "smoothness":  # Fig. 2, 7
             network = torch.no_grad()(net.encoder.backbone)
-        predict_folder(network, cfg, out, known[number]["palette"], ctx)
+        predict_folder(network, cfg, known[number]["palette"], ctx)
     ctx.close()
 
 

@@ -105,7 +105,7 @@ MT = B | dict(supervised=False)
 @dataclass
 class Config(BaseConfig):
     data: str = option("shapes", "dataset", DATASETS, group="run", scoring=True)
-    steps: int = option(35000, "training steps of S (Sec. 4.1.3)", within=(1, None))
+    steps: int = option(35000, "training steps of S (Sec. 4.1.3)", within=(1, None), needs=A)
     eval_size: str = option("full", "score at the original size, at --size, or on a central square "
                             "of 512x512", ("full", "train", "centre"), scoring=True)
     backbone: str = option("resnet101", "ResNet of S and of the classifier", RESNETS)
@@ -212,7 +212,7 @@ def settle(cfg, given):
     """Fill in what one setting decides about others. Raises UserError for contradictions."""
     if cfg.supervised and "branch" not in given:
         cfg.branch = "s4gan"
-    check_needs(cfg, given)
+    check_needs(given, cfg)
     if cfg.classifier:
         raise UserError("--classifier works with --evaluate or --predict only")
     if cfg.head_lr_mult is None:
@@ -465,7 +465,7 @@ def classify(classifier, x, ctx):
 
 def scored_batches(data, cfg, ctx):
     """Iterator of (x, y) over the scored split, each image once"""
-    one_size = cfg.eval_size != "full" or data.name == "shapes"  # then images are batched
+    one_size = cfg.eval_size != "full" or data.one_size  # then images are batched
     transform = T.CentreSquare(512) if cfg.eval_size == "centre" else T.ForScoring(cfg.scoring_size)
     return once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx)
 
@@ -549,6 +549,9 @@ def train(cfg):
     check_classes("background", cfg.background, data)
     needed = None if cfg.weak else labelled
     tagged = Tagged(data, labelled, cfg.tags, cfg.background, needed)  # before branch A, not after
+    if cfg.branch == "both" and not cfg.supervised:  # told now, not after branch A
+        ctx.share(cfg.mlmt_batch, "--mlmt-batch")
+        ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u")
     begun = (Path(cfg.out) / "mlmt/last.pt").exists()
     folder = RunFolder("s4gan_mlmt", cfg, ctx, data, free=() if begun else OF_B)
     data = cached(data, cfg.size, cfg, ctx)
@@ -695,7 +698,7 @@ def train_mlmt(data, tagged, labelled, unlabelled, folder, cfg, ctx):
     stream_l = Stream(tagged, labelled, TwoViews(cfg, False), cfg.seed, "mlmt labelled", True)
     stream_u = Stream(tagged, unlabelled, TwoViews(cfg, True), cfg.seed, "mlmt unlabelled", False)
     share_l = ctx.share(cfg.mlmt_batch, "--mlmt-batch")
-    share_u = ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u")
+    share_u = ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u") if semi else 0
     batches_l = endless(stream_l, share_l, step, cfg.workers, ctx)
     batches_u = endless(stream_u, share_u, step, cfg.workers, ctx)
     folder.introduce(labelled, unlabelled, step, f"branch B: {steps} steps")
@@ -802,9 +805,8 @@ def main(argv=None):
         ctx.say(f"{path} (step {state['step']}): {result} on {len(data.val)} "
                 f"{data.scored_on} images")
     else:
-        out = cfg.out or Path(path).parent / "predictions"
         network = partial(predict, net, cfg=cfg, ctx=ctx, classifier=classifier)
-        predict_folder(network, cfg, out, state["palette"], ctx)
+        predict_folder(network, cfg, state["palette"], ctx)
     ctx.close()
 
 

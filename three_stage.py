@@ -174,14 +174,11 @@ RELEASED = (dict(names={  # files of the authors' code
 
 def settle(cfg, given):
     """Fill in what one setting decides about others. Raises UserError for contradictions."""
-    check_needs(cfg, given)
+    check_needs(given, cfg)
     for name, weight in (("con_target", "lambda_con"), ("static_void", "lambda_pl"),
                          ("branch_stage3", "lambda_pl")):
         if name in given and getattr(cfg, weight) == 0:
             raise UserError(f"{flag(name)} has no effect with {flag(weight)} 0: drop one of them")
-    if cfg.scale[0] != cfg.scale[1] and not cfg.crop:
-        raise UserError("--scale gives images of many sizes, of which no minibatch can be made: "
-                        "give a --crop with it")
     scratch = cfg.weights == "none"
     if cfg.bn is None:
         cfg.bn = "learn" if scratch else "frozen"
@@ -470,7 +467,8 @@ def write_pseudo_masks(f, data, folder, cfg, ctx):
     paths = [mask_path(folder, data.train, i) for i in range(len(data.train))]
     for parent in {path.parent for path in paths}:
         parent.mkdir(parents=True, exist_ok=True)
-    one_size = cfg.size or data.name == "shapes"  # then images are batched
+    one_size = bool(cfg.size) or data.one_size  # then images are batched
+    torch.backends.cudnn.benchmark = one_size
     with ThreadPoolExecutor(max(1, cfg.workers)) as pool:  # reads and writes
         for first in range(ctx.rank * cfg.batch, len(paths), ctx.world * cfg.batch):
             batch = range(first, min(first + cfg.batch, len(paths)))
@@ -577,10 +575,10 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
     n_l = min(max(batch_l - ctx.rank * share, 0), share)  # the first processes have the labelled
     minibatches = Minibatches(data, labelled, batch_l, masks, stage, cfg)
     batches = endless(minibatches, share, step, cfg.workers, ctx)
-    folder.log.say(f"stage {stage}: {steps} steps" + (f", resumed at {step}" if step else ""))
+    ctx.say(f"stage {stage}: {steps} steps" + (f", resumed at {step}" if step else ""))
     initial = math.prod(alpha(k, steps, cfg.ema) for k in range(steps))  # weights in the teacher
     if teacher is not None and initial > 0.1:
-        folder.log.say(f"note: {100 * initial:.0f} % of the teacher will still be its initial "
+        ctx.say(f"note: {100 * initial:.0f} % of the teacher will still be its initial "
                        f"weights after {steps} steps: give a smaller --ema, or more --steps")
 
     net.train()
@@ -662,9 +660,8 @@ def main(argv=None):
         ctx.say(f"{path} (step {state['step']}): mIoU {100 * confusion.miou():.1f} on "
                 f"{len(data.val)} {data.scored_on} images, single scale")
     else:
-        out = cfg.out or Path(path).parent / "predictions"
         network = partial(predict, net.f.eval(), ctx=ctx)
-        predict_folder(network, cfg, out, state["palette"], ctx)
+        predict_folder(network, cfg, state["palette"], ctx)
     ctx.close()
 
 

@@ -47,8 +47,8 @@ class Cached(Split):
             age = os.stat(source).st_mtime_ns
             if path.stat().st_mtime_ns == age:
                 return np.load(path, mmap_mode="c")
-        except FileNotFoundError:
-            pass  # if it is the source that is missing, decode says so
+        except (FileNotFoundError, EOFError, ValueError):
+            pass  # not there, or cut short; if it is the source that is missing, decode says so
         array = decode()
         temporary = self.folder / f"{name}.{os.getpid()}"
         try:
@@ -58,7 +58,7 @@ class Cached(Split):
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written ({error.strerror}): expected room for the "
+            raise UserError(f"{path} cannot be written ({error.strerror or error}): expected room for the "
                             f"decoded images; give another --cache folder, or none") from error
         return array
 
@@ -66,7 +66,7 @@ class Cached(Split):
 def cached(data, size, cfg, ctx):
     """The data with a Cached training split, if `size` is given, and a scored one, if it is scored
     at this size: in cfg.cache, or .cache beside the run's folder, if there is room for them."""
-    if size is None or cfg.cache == "none" or data.name == "shapes":
+    if size is None or cfg.cache == "none" or data.one_size:
         return data
     splits = dict(train=data.train)
     if cfg.scoring_size == size:

@@ -63,7 +63,8 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
     """Train, or resume, g_c o h with all training images, whose tags `tags` has, in a part of a
     run's folder: SGD with poly, as in the authors' code. -> CamNet, whose classes are `objects`"""
     everything = range(len(data.train))
-    steps = cfg.weak_epochs * math.ceil(len(everything) / 16)
+    share = math.ceil(16 / ctx.world)  # a process's images per step: 16 in all, as in the code
+    steps = cfg.weak_epochs * math.ceil(len(everything) / (share * ctx.world))
     torch.manual_seed(mix(cfg.seed, "init", part.path.name))
     net = CamNet(cfg.backbone, cfg.backbone_layers, len(objects), cfg.weights != "none", cfg.stem)
     if part.is_new:
@@ -73,10 +74,9 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
     groups = [dict(params=body, lr_mult=1.0),
               dict(params=list(net.classifier.parameters()), lr_mult=10.0)]
     optimizer = torch.optim.SGD(groups, cfg.weak_lr, weight_decay=1e-4, fused=True)
-    step = part.resume(16, steps, net=net, optimizer=optimizer, scaler=ctx.scaler)
+    step = part.resume(share * ctx.world, steps, net=net, optimizer=optimizer, scaler=ctx.scaler)
     wrapped = ctx.wrap(net, cfg.compile)
     stream = Stream(tags, everything, TagAugment(augment, objects), cfg.seed, part.path.name, True)
-    share = ctx.share(16, "--weak: the classifier's batch of")
     batches = endless(stream, share, step, cfg.workers, ctx)
     ctx.say(f"{ctx}; {data.name}: classifier of the tags of {len(everything)} images, {steps} "
             f"steps")

@@ -82,7 +82,7 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
         state["step"], state["palette"].tolist(), len(state["classes"])
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged, or of another version ({error})") from error
-    check_needs(config, given)
+    check_needs(given, config)
     return config, state
 
 

@@ -149,25 +149,28 @@ def parse(config_class, presets, argv=None, description="", released=None):
     return config, given
 
 
-def check_needs(config, given):
-    """Refuse, with a UserError, a flag that was given and has no effect beside the others."""
+def check_needs(given, *configs):
+    """Refuse, with a UserError, a flag that was given and has no effect beside the others. configs:
+    of each domain; an effect in one of them is enough"""
+    def fits(value, wanted):
+        if wanted is ANY:
+            return bool(value)
+        if isinstance(wanted, str) and isinstance(value, tuple):  # one of a list of names
+            return wanted in value
+        return value in (wanted if isinstance(wanted, tuple) else (wanted,))
+
+    config = configs[0]
     kinds = kinds_of(type(config))
     for field in dataclasses.fields(config):
         needs = field.metadata["needs"] if field.name in given else {}
         for name, wanted in needs.items():
-            value = getattr(config, name)
-            if wanted is ANY:
-                fits = bool(value)
-            elif isinstance(wanted, str) and isinstance(value, tuple):  # one of a list of names
-                fits = wanted in value
-            else:
-                fits = value in (wanted if isinstance(wanted, tuple) else (wanted,))
-            if not fits:
+            if not any(fits(getattr(one, name), wanted) for one in configs):
+                value = getattr(config, name)
                 state = f"with {flag(name)} {show(value, kinds[name])}"
                 if value is None or value == "" or isinstance(value, bool):
                     state = f"{'with' if value is True else 'without'} {flag(name)}"
                 raise UserError(f"{flag(field.name)} has no effect {state}")
-    if config.eval_size == "train" and not config.size:
+    if any(one.eval_size == "train" and not one.size for one in configs):
         raise UserError("--eval-size train scores at --size, which is not set here: give --size, "
                         "or --eval-size full")
 
@@ -176,14 +179,13 @@ def run_name(script, config, given):
     """Default run folder. Every given setting that matters is in its name, so that no two commands
     collide: runs/cct-voc-1464-seed0-distance=kl"""
     kinds = kinds_of(type(config))
-    words = [script, config.data, config.labeled, f"seed{config.seed}"]
-    if config.split and "labeled" in given:
-        words.insert(2, Path(config.split).stem)
-    elif config.split:
-        words[2] = Path(config.split).stem
+    labels = [Path(config.split).stem] if config.split else []
+    if not labels or "labeled" in given:
+        labels.append(config.labeled)
+    words = [script, config.data, *labels, f"seed{config.seed}"]
+    others = given.keys() - {"data", "labeled", "split", "seed"}
     for field in dataclasses.fields(config):
-        said = field.name in ("data", "labeled", "split", "seed")
-        if field.name in given and not field.metadata["free"] and not said:
+        if field.name in others and not field.metadata["free"]:
             value = getattr(config, field.name)
             text = show(value, kinds[field.name])
             words.append(field.name if value is True else f"{field.name}={text}")
@@ -195,10 +197,8 @@ def run(main):
     and status 130."""
     try:
         return main()
-    except OSError as error:  # a disk that is full, a folder that is gone or read-only
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
-        return 2
-    except UserError as error:  # from a worker process it comes wrapped in that process's traceback
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that is read-only
+        # from a worker process an error comes wrapped in that process's traceback
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         return 2

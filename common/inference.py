@@ -44,8 +44,9 @@ class Examples:
             self.seen += 1
 
 
-def predict_folder(network, cfg, out, palette, ctx):
-    """Predict every image below cfg.images, shared out over the processes, into the folder `out`.
+def predict_folder(network, cfg, palette, ctx):
+    """Predict every image below cfg.images, shared out over the processes, into the folder cfg.out,
+    or `predictions` beside the checkpoint cfg.predict.
 
     network: images [1, 3, H, W] -> logits [1, C, H, W]; for cfg.format smoothness -> features.
     palette: uint8 tensor [C, 3].
@@ -54,13 +55,14 @@ def predict_folder(network, cfg, out, palette, ctx):
     An image that cannot be read does not keep it from the others; UserError names them at the end.
     """
     palette = palette.cpu().numpy()
-    targets = targets_of(cfg.images, Path(out), cfg.format, palette)
-    make_folder(Path(out))
+    out = Path(cfg.out or Path(cfg.predict).parent / "predictions")
+    targets = targets_of(cfg.images, out, cfg.format, palette)
+    make_folder(out)
     paths = list(targets)
     failed = torch.zeros(len(paths), device=ctx.device)
     mine = range(ctx.rank, len(paths), ctx.world)
     every = max(10, len(mine) // 10)
-    torch.backends.cudnn.benchmark = False  # it would try algorithms for size after size
+    torch.backends.cudnn.benchmark = False  # images have many sizes
     for count, i in enumerate(mine, 1):
         try:
             image = read_image(paths[i])

@@ -104,11 +104,6 @@ class Log:
         self.flush()
         self._record(step, values, "evaluation")
 
-    def say(self, text):
-        """Print a line for the user."""
-        if self.main:
-            say(text)
-
     def curves(self):
         """Write curves.png, a plot for each of PANELS that has columns."""
         if not self.main:
@@ -129,7 +124,8 @@ class Log:
         self._since = time.perf_counter()
         self._waited = 0.0
         words = "  ".join(f"{name} {short(value)}" for name, value in values.items())
-        self.say(f"step {step}/{self.total_steps}  {words}  {note}")
+        if self.main:
+            say(f"step {step}/{self.total_steps}  {words}  {note}")
         row = {"step": str(step)} | {name: f"{value:.6g}" for name, value in values.items()}
         if not self.main or any(row.items() <= old.items() for old in self._rows):
             return  # a finished run that is scored again keeps the row that it has

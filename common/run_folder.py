@@ -202,7 +202,7 @@ class RunFolder:
             asked = 0
         if asked:
             self.save(step)
-            self.log.say(f"stopped by a signal: saved at step {step}; the same command resumes")
+            self.ctx.say(f"stopped by a signal: saved at step {step}; the same command resumes")
             self.log.close()
             raise SystemExit(143)
 
@@ -222,7 +222,7 @@ def lock(path):
     file = open(path / ".lock", "w")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         raise UserError(f"--out {path}: another process is training in this folder: wait for it, "
                         f"or choose another folder") from error
     return file  # open as long as the lock is held
@@ -245,9 +245,9 @@ def keep_config(folder, config, free=()):
                             f"--out, or move this one away") from error
         kinds = kinds_of(type(config))
         free = {f.name for f in dataclasses.fields(config) if f.metadata["free"]} | set(free)
-        changed = [name for name in now if name not in free and before[name] != now[name]]
         differences = [f"{flag(name)} was {show(before[name], kinds[name])}, now "
-                       f"{show(now[name], kinds[name])}" for name in changed]
+                       f"{show(now[name], kinds[name])}" for name in now
+                       if name not in free and before[name] != now[name]]
         if differences:
             raise UserError(f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                             f"repeat its command to resume it, or choose another folder with --out")

@@ -30,8 +30,10 @@ class Runtime:
         self.device = torch.device("cpu")
         if cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            if self.device.index >= torch.cuda.device_count():
+                raise UserError(f"process {self.rank} of {self.world} has no GPU: torchrun's "
+                                f"--nproc_per_node is more than {torch.cuda.device_count()}")
             torch.cuda.set_device(self.device)
-            torch.backends.cudnn.benchmark = True
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         if precision == "auto" and cuda:
@@ -89,8 +91,6 @@ class Runtime:
         for norm in module.modules():
             if type(norm) is nn.BatchNorm2d:  # a frozen one has nothing to synchronise
                 norm.__class__ = SyncBatchNorm  # parameters, buffers and settings stay as they are
-                norm.rank = self.rank
-                norm.world = self.world
         return module
 
     def share(self, count, flag="--batch"):
@@ -160,22 +160,21 @@ class Runtime:
 class SyncBatchNorm(nn.BatchNorm2d):
     """Batch statistics over all processes, which have equal shares of the batch, in the precision
     of the running ones. torch's own allows unequal shares: for them the host waits for the GPU."""
-    rank = 0
-    world = 1
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
         with torch.no_grad():
-            parts = self.running_mean.new_zeros(self.world, 2, self.num_features)
+            world = dist.get_world_size()
+            parts = self.running_mean.new_zeros(world, 2, self.num_features)
             unused = torch.zeros_like(parts[0])
             local = torch.batch_norm_update_stats(x, *unused, 0.0)  # mean and variance, both [C]
-            torch.stack(local, out=parts[self.rank])
+            torch.stack(local, out=parts[dist.get_rank()])
             dist.all_reduce(parts)  # the others are 0: a gathering
             means, variances = parts.unbind(1)
             between, mean = torch.var_mean(means, 0, correction=0)
             var = variances.mean(0) + between  # Chan et al.; means of squares would cancel digits
-            count = x.numel() // self.num_features * self.world
+            count = x.numel() // self.num_features * world
             if self.track_running_stats:
                 self.num_batches_tracked += 1
                 self.running_mean.lerp_(mean, self.momentum)

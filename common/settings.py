@@ -44,7 +44,8 @@ class BaseConfig:
                             needs=dict(data="voc"))
     labeled: str = option("all", "labelled images: a count (1464), a fraction (1/8) or all")
     split: str = option("", "file that lists the labelled images, instead of a seeded draw")
-    seed: int = option(0, "seed of draw, initialisation and augmentation", within=(0, None))
+    seed: int = option(0, "seed of draw, initialisation and augmentation",
+                       within=(0, 2**32 - 1))
     supervised: bool = option(False, "the baseline: labelled images only, same network, same steps")
     released: bool = option(False, "settings of the authors' code where it differs; flags win")
     steps: int | None = option(None, "training steps", within=POSITIVE, replaces="epochs")

@@ -69,9 +69,9 @@ def endless(stream, batch, start_step, workers, ctx):
     """Iterator of device batches of the stream, from step `start_step` on. batch: per process."""
     steps = Steps(start_step, batch, ctx.rank, ctx.world)
     loader = DataLoader(stream, batch_sampler=steps, num_workers=workers,
-                        pin_memory=ctx.device.type == "cuda",
-                        prefetch_factor=2 if workers else None)
+                        pin_memory=ctx.device.type == "cuda")
     for samples in start(loader):
+        torch.backends.cudnn.benchmark = True  # its choice is for one size, as all batches have
         yield to_device(samples, ctx.device)
 
 
@@ -87,10 +87,14 @@ def start(loader):
     try:
         yield from iterator
     except RuntimeError as error:
-        if "shared memory" not in str(error) and "/torch_" not in str(error):
-            raise
-        raise UserError("/dev/shm has no room for the images of the loader's workers: docker run "
-                        "--shm-size=8g makes it larger, --workers 0 does without") from error
+        if "shared memory" in str(error) or "</torch_" in str(error):
+            raise UserError("/dev/shm has no room for the images of the loader's workers: docker "
+                            "run --shm-size=8g makes it larger, --workers 0 does without"
+                            ) from error
+        if "equal size" in str(error) or "not resizable" in str(error):  # in this process, a worker
+            raise UserError("a batch has images of different sizes: give a --crop, or one --size "
+                            "for all") from error
+        raise
 
 
 @atexit.register
@@ -136,7 +140,6 @@ def once(split, transform, batch, workers, ctx):
     scored = Scored(split, transform, ctx)
     loader = DataLoader(scored, batch_size=batch, num_workers=min(workers, len(scored)),
                         pin_memory=ctx.device.type == "cuda")
-    torch.backends.cudnn.benchmark = batch > 1  # else it would try algorithms for size after size
+    torch.backends.cudnn.benchmark = batch > 1
     for samples in start(loader):
         yield to_device(samples, ctx.device)
-    torch.backends.cudnn.benchmark = True

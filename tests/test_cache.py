@@ -56,6 +56,12 @@ def test_a_replaced_image_is_read_again(data, tmp_path):
     Image.fromarray(255 - data.train.image(0)).save(data.train.images[0], quality=95)
     assert not np.array_equal(kept.image(0), before)
     assert_same_pixels(kept, data.train, False)
+    for content in (b"", b"\x93NUMPY"):  # as a power failure leaves it
+        age = os.stat(data.train.images[2]).st_mtime_ns
+        kept.image(2)
+        (kept.folder / "2-image.npy").write_bytes(content)
+        os.utime(kept.folder / "2-image.npy", ns=(age, age))
+        assert_same_pixels(kept, data.train, False)
     os.remove(data.train.images[1])
     with pytest.raises(UserError, match=os.path.basename(data.train.images[1])):
         kept.image(1)

@@ -537,6 +537,8 @@ def test_domains_have_the_settings_of_their_own_presets():
     assert (cropped.size, cropped.crop) == ((64, 64), (32, 32))
     table2 = settled("--data cityscapes+camvid --labeled 50+100").values()
     assert [(d.labeled, d.epochs) for d in table2] == [("50", 50), ("100", 50)]
+    mixed = settled("--data voc+cityscapes --cache none").values()  # of the second, which has a size
+    assert [(d.size, d.cache) for d in mixed] == [(None, "none"), ((512, 1024), "none")]
     both = settled("--data cityscapes+sunrgbd13").values()
     assert [(d.labeled, d.epochs) for d in both] == [("1500", 100), ("1500", 100)]
 

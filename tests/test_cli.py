@@ -132,7 +132,7 @@ def test_a_flag_without_effect_is_refused(script):
                     setattr(config, other, needed[0] if isinstance(needed, tuple) else needed)
             flags = [text.replace("_", "-") for text in (field.name, name)]
             with pytest.raises(UserError, match=f"--{flags[0]} has no effect with(out)? --{flags[1]}"):
-                check_needs(config, {field.name: 1})
+                check_needs({field.name: 1}, config)
             declared += 1
     assert declared > 5
 
@@ -169,7 +169,8 @@ def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
     ("--data voc --size 64 --long-side 80", "exclude each other"), ("--background 99", "--background 99"),
     ("--labeled 100000", "100000"), ("--batch 1", "expected at least 2"), ("--eval-every 0", "at least 1"),
     ("--eval-size train", "train scores at --size"), ("--download", "no effect with --data shapes"),
-    ("--perturbations f_drop --noise 1", "--noise has no effect with --perturbations f_drop")])
+    ("--perturbations f_drop --noise 1", "--noise has no effect with --perturbations f_drop"),
+    ("--perturbations f_drop --vat-eps 1", "--vat-eps has no effect with --perturbations f_drop")])
 def test_a_users_mistake_is_one_sentence(tmp_path, capsys, flags, said):
     if said in ("no CUDA device", "needs a CUDA") and cct.torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
@@ -227,7 +228,7 @@ def test_every_command_of_the_documentation_is_accepted(script):
     lines = list(commands(text, script))
     assert len(lines) > 9
     for words in lines:
-        check_needs(*parse(script.Config, script.PRESETS, words))
+        check_needs(*reversed(parse(script.Config, script.PRESETS, words)))
 
 
 LOGITS = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))

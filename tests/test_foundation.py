@@ -198,7 +198,28 @@ def test_images_of_many_sizes_are_not_benchmarked():
     for batch in (1, 2):
         for _ in once(split, transforms.ForScoring(), batch, 0, Runtime("cpu")):
             assert torch.backends.cudnn.benchmark == (batch > 1)
-        assert torch.backends.cudnn.benchmark
+        torch.backends.cudnn.benchmark = False
+        next(endless(Stream(Numbers(), [0, 1], noisy, 0, "u", False), 2, 0, 0, Runtime("cpu")))
+        assert torch.backends.cudnn.benchmark  # batches of training have one size
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_images_of_many_sizes_make_no_batch(workers):
+    def cropped(image, mask, rng):
+        image, mask = noisy(image, mask, rng)
+        return image[:, :1 + int(image[0, 0, 0]) % 4], mask
+
+    stream = Stream(Numbers(), range(7), cropped, 0, "u", False)
+    with pytest.raises(UserError, match="different sizes: give a --crop"):
+        next(endless(stream, 7, 0, workers, Runtime("cpu")))
+
+
+def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="--nproc_per_node is more than 1"):
+        Runtime()
 
 
 def test_batches_are_normalised_on_the_device():

@@ -34,10 +34,10 @@ def picture(path, classes=4, size=(20, 30), seed=0):
 
 
 def predict(images, out, form="palette"):
-    cfg = SimpleNamespace(images=str(images), format=form, scoring_size=None)
+    cfg = SimpleNamespace(images=str(images), out=str(out), format=form, scoring_size=None)
     ctx = SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), sum=lambda x: x, say=print)
     palette = torch.from_numpy(PALETTES[form])
-    predict_folder(lambda x: network(x)[:, :len(palette)], cfg, out, palette, ctx)
+    predict_folder(lambda x: network(x)[:, :len(palette)], cfg, palette, ctx)
 
 
 def error_of(*arguments):

@@ -111,7 +111,6 @@ def test_clocks(tmp_path, monkeypatch):
 
 def test_only_the_main_process_writes_but_all_take_part_in_the_mean(tmp_path, capsys):
     log = new_log(tmp_path, main=False, mean=lambda table: table + math.nan)
-    log.say("hello")
     log.curves()
     with pytest.raises(UserError, match=r"step 1 \(loss = nan, lr = nan\)"):  # on another process
         train(log, 1, 10)

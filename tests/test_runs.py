@@ -465,6 +465,8 @@ def test_real_formats_train_evaluate_and_predict(tmp_path, capsys, tiny, script,
 @each_script
 def test_compile(tiny, tmp_path, script):
     arguments = [*tiny[script], *TWO[script][0].split()]
+    if script == "three_stage":
+        arguments += ["--bn", "frozen"]
     run_here(script, *arguments, "--out", tmp_path / "eager")
     run_here(script, *arguments, "--compile", "--out", tmp_path / "compiled")
     name = TWO[script][1].split()[0]

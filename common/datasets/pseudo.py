@@ -56,6 +56,7 @@ class PseudoLabelled:
         missing = [i for i in indices[ctx.rank::ctx.world] if not self.path(i).exists()]
         for parent in {self.path(i).parent for i in missing}:
             parent.mkdir(parents=True, exist_ok=True)
+        torch.backends.cudnn.benchmark = False  # images have many sizes
         begin = time.perf_counter()
         chunk = 10 * max(1, workers)
         with ThreadPoolExecutor(max(1, workers)) as pool:

@@ -6,6 +6,7 @@
 How to get it: --download fetches VOC 2012 and SBD (3.5 GB); by hand, VOCtrainval_11-May-2012.tar of
 host.robots.ox.ac.uk/pascal/VOC/voc2012 and benchmark.tgz (SBD) of Berkeley's semantic_contours page
 """
+import fcntl
 import os
 import shutil
 
@@ -75,7 +76,6 @@ def download_voc(root):
     Each is unpacked in a folder of its own, renamed when it is complete, so that what an
     interrupted download leaves is never taken for a dataset. Processes of a torchrun take turns.
     """
-    import fcntl  # here, because Windows has none
     if not _missing(root):
         return
     try:
