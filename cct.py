@@ -86,10 +86,9 @@ Commands
   python cct.py --evaluate best_model.pth --data voc          score one of the authors' code
   python cct.py --predict runs/.../last.pt --images photos/   palette PNGs
 """
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -572,7 +571,7 @@ def classifier_settings(cfg):
     if not (cfg.long_side and cfg.crop):
         return cfg
     crop = tuple(round(1.6 * side) for side in cfg.crop)
-    return dataclasses.replace(cfg, scale=(0.8, 1.6), crop=crop)
+    return replace(cfg, scale=(0.8, 1.6), crop=crop)
 
 
 def streams(domain, step, ctx):
@@ -662,7 +661,7 @@ def train(cfg, settings):
     heads = nn.ModuleList([net.decoders, auxiliaries, discriminator]).to(ctx.device)
     method = None if cfg.supervised else cfg.method
     teacher = make_teacher(net).eval() if method == "mean_teacher" else None
-    optimizer = make_optimizer(net, auxiliaries, discriminator, cfg)
+    optimizer = make_optimizer(net, heads, cfg)
     step = folder.resume(cfg.batch * (2 if method else 1), cfg.steps, net=net,
                          auxiliaries=auxiliaries, discriminator=discriminator, teacher=teacher,
                          optimizer=optimizer, scaler=ctx.scaler)
@@ -762,11 +761,11 @@ def make_networks(cfg, domains):
     return net, auxiliaries, discriminator
 
 
-def make_optimizer(net, auxiliaries, discriminator, cfg):
-    """Two groups that hold every parameter once: the ResNet, and all else"""
-    others = nn.ModuleList([net.encoder.psp, net.decoders, auxiliaries, discriminator])
+def make_optimizer(net, heads, cfg):
+    """Two groups: the ResNet, and all else. heads: the decoders and the discriminator"""
+    others = [*net.encoder.psp.parameters(), *heads.parameters()]
     groups = [dict(params=list(net.encoder.backbone.parameters()), lr_mult=cfg.backbone_lr_mult),
-              dict(params=list(others.parameters()), lr_mult=1.0)]
+              dict(params=others, lr_mult=1.0)]
     if cfg.optimizer == "sgd":
         return momentum_sgd(groups, cfg.lr, cfg.weight_decay)
     return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=True)

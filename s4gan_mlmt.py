@@ -60,10 +60,9 @@ Commands
   python s4gan_mlmt.py --evaluate VOC_30000.pth --data voc      of the authors' code
   python s4gan_mlmt.py --predict runs/.../last.pt --images photos/                    palette PNGs
 """
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -204,7 +203,7 @@ RELEASED = (  # files of the authors' code: S; a classifier
     dict(names={r"layer5\.conv2d_list\.([01])": r"net.head.branches.\1", "layer5": None,  # D1
                 BODY: r"net.body.\1."}, classes="net.head.branches.0.weight"),
     dict(names={"fc": "fc", BODY: r"body.\1."}, classes="fc.weight", part="mlmt"))
-OF_B = [field.name for field in dataclasses.fields(Config)  # may change until branch B has begun
+OF_B = [field.name for field in fields(Config)  # may change until branch B has begun
         if field.metadata["needs"].get("branch") in (B["branch"], "both")]
 
 
@@ -443,12 +442,9 @@ def fuse(p, keep, background=(0,)):
 def predict(net, x, cfg, ctx, classifier=None):
     """Logits [B, C, H, W] of x at its own size; with a classifier the fused probabilities"""
     height, width = x.shape[2:]
-    padded = x
-    if cfg.eval_pad:
-        bottom, right = (max(0, side - n) for side, n in zip(cfg.eval_pad, x.shape[2:]))
-        padded = F.pad(x, (0, right, 0, bottom))
+    bottom, right = (max(0, side - n) for side, n in zip(cfg.eval_pad or (0, 0), (height, width)))
     with ctx.autocast():
-        logits = net(padded)[..., :height, :width].float()
+        logits = net(F.pad(x, (0, right, 0, bottom)))[..., :height, :width].float()
     if classifier is None:
         return logits
     g = classify(classifier, x, ctx)

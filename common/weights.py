@@ -68,7 +68,7 @@ def stem_of(weights):
 
 
 def load_matching(module, state, source, say=print, flag="--weights"):
-    """Copy the tensors of `state` whose name (less wrapper prefixes) and shape fit `module`.
+    """Copy the tensors of `state` whose name and shape fit `module`.
 
     Says what was matched, skipped and missing. Raises UserError if a tensor is missing.
     """
@@ -76,7 +76,6 @@ def load_matching(module, state, source, say=print, flag="--weights"):
     matched = {}
     skipped = []
     for name, tensor in state.items():
-        name = name if name in own else unwrapped(name)
         if name in own and isinstance(tensor, torch.Tensor) and tensor.shape == own[name].shape:
             matched[name] = tensor
         else:

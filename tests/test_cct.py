@@ -82,7 +82,8 @@ def test_optimizer_holds_every_parameter_once_at_its_rate():
     net = small_net()
     auxiliaries = torch.nn.ModuleList([cct.Auxiliary(config(k=1), 128, C)])
     discriminator = cct.Discriminator(128, 2)
-    optimizer = cct.make_optimizer(net, auxiliaries, discriminator, config())
+    heads = torch.nn.ModuleList([net.decoders, auxiliaries, discriminator])
+    optimizer = cct.make_optimizer(net, heads, config())
     set_lr(optimizer, 0.01 * poly(500, 1000))
     rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
     others = [p for module in (auxiliaries, discriminator) for p in module.parameters()]
@@ -374,7 +375,8 @@ def trained(monkeypatch, tmp_path):
             cct.train(cfg, {name: dataclasses.replace(cfg, data=name) for name in datasets})
         record.net.to(memory_format=torch.channels_last)  # as in training, to the last digit
         record.auxiliary = record.auxiliaries[0]
-        optimizer = cct.make_optimizer(record.net, record.auxiliaries, record.discriminator, cfg)
+        heads = torch.nn.ModuleList([record.net.decoders, record.auxiliaries, record.discriminator])
+        optimizer = cct.make_optimizer(record.net, heads, cfg)
         optimizer.load_state_dict(states[0]["optimizer"])
         record.gradient = {p: optimizer.state[p]["momentum_buffer"] for p in optimizer.state}
         batches_l, batches_u = cct.streams(record.domains[0], 0, CTX)

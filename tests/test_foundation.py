@@ -153,7 +153,7 @@ def test_weights_from_a_file(tmp_path, capsys):
     assert all(map(torch.equal, net.state_dict().values(), source.state_dict().values()))
     assert "1 skipped (fc.weight)" in said and "0 missing" in said
     with pytest.raises(UserError, match="missing or differ in shape"):
-        load_matching(ResNet("resnet34"), wrapped, "weights.pth", lambda _: None)
+        load_matching(ResNet("resnet34"), source.state_dict(), "weights.pth", lambda _: None)
 
 
 def test_imagenet_weights_come_from_torchvision(monkeypatch):
