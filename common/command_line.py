@@ -203,5 +203,6 @@ def run(main):
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command resumes from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command resumes a training from its last checkpoint",
+              file=sys.stderr)
         return 130
