@@ -173,7 +173,8 @@ class Config(BaseConfig):
                             needs=VAT)
     vat_xi: float = option(0.1, "I-VAT, VAT: step of the power iteration (Eq. 13)",
                            within=(1e-9, 1e6), needs=VAT | dict(vat_released=False))
-    vat_released: bool = option(False, "I-VAT as released (D6)", needs=CCT | dict(perturbations="i_vat"))
+    vat_released: bool = option(False, "I-VAT as released (D6)",
+                                needs=CCT | dict(perturbations="i_vat"))
     ema: float = option(0.999, "Mean Teacher: decay after the ramp-up, 0.99 within it",
                         within=(0, 1), needs=SEMI | dict(method="mean_teacher"))
 

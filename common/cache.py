@@ -58,8 +58,9 @@ class Cached(Split):
             os.replace(temporary, path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written ({error.strerror or error}): expected room for the "
-                            f"decoded images; give another --cache folder, or none") from error
+            raise UserError(f"{path} cannot be written ({error.strerror or error}): expected room "
+                            f"for the decoded images; give another --cache folder, or none"
+                            ) from error
         return array
 
 

@@ -197,7 +197,7 @@ def run(main):
     and status 130."""
     try:
         return main()
-    except (UserError, OSError) as error:  # OSError: a disk that is full, a folder that is read-only
+    except (UserError, OSError) as error:  # OSError: a disk that is full, a read-only folder
         # from a worker process an error comes wrapped in that process's traceback
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
         print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)

@@ -8,7 +8,8 @@ A row holds the finished runs that differ in --seed alone, and in flags of the m
 differ in nearly everything, those of FIRST alone. Scores are in percent, at the last step: mIoU, of
 several datasets also that of each, `fused` with MLMT; a classifier's macro AUC; `best`, chosen on
 the scored images; `gain`, of mIoU (or fused) over the --supervised run of the same script, data,
-labels, seed, --size, --backbone and --steps, if there is one. Hours are the mean time of a run, evaluations included.
+labels, seed, --size, --backbone and --steps, if there is one. Hours are the mean time of a run,
+evaluations included.
 """
 import argparse
 import json
