@@ -727,7 +727,7 @@ def test_three_stage_masks_and_evaluation(release, small, tmp_path):
     sys.modules["cv2"].imwrite = lambda path, y: written.update({Path(path).stem: y})
     load("script_lib").make_preds_for_alldata(theirs, str(tmp_path / "out"), "cpu", Generated())
     train = MagicMock(keys=keys, image=split.__getitem__, __len__=lambda _: 3)
-    data = SimpleNamespace(train=train, name="folder", palette=np.zeros((5, 3), np.uint8))
+    data = SimpleNamespace(train=train, one_size=False, palette=np.zeros((5, 3), np.uint8))
     cfg.workers = 0
     ts.write_pseudo_masks(ours.f.eval(), data, tmp_path, cfg, CTX)
     mine = np.stack([np.array(Image.open(tmp_path / f"{key}.png")) for key in keys])
@@ -904,7 +904,7 @@ def test_c3_steps(double, release, small, monkeypatch, tmp_path):
         uniform=first_cells if name == "views" else Drawn(*draws[step - 2]).uniform, device="cpu")
     views = [(w, s, torch.ones(2, 64, 64, dtype=torch.bool)) for w, s in unlabelled]
     replace(monkeypatch, c3, Runtime=lambda *_: ctx, check_classes=nothing, load_weights=nothing,
-            open_dataset=lambda *_: SimpleNamespace(name="shapes", classes=range(19)),
+            open_dataset=lambda *_: SimpleNamespace(one_size=True, classes=range(19)),
             choose_labelled=lambda *_: ([0], [1]),
             Segmenter=lambda *_: ours, RunFolder=lambda *_, **__: books(tmp_path),
             streams=lambda *_: (iter(labelled), iter(views)), evaluate=lambda *_: (MagicMock(), {}, ()),
