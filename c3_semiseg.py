@@ -650,7 +650,7 @@ def main(argv=None):
         ctx.say(f"{path} (step {state['step']}): mIoU {100 * confusion.miou():.1f} on "
                 f"{len(data.val)} {data.scored_on} images, single scale")
     else:
-        network = partial(predict, net.eval(), cfg=cfg, ctx=ctx)
+        network = partial(predict, net.eval(), ctx=ctx)
         predict_folder(network, cfg, state["palette"], ctx)
     ctx.close()
 
