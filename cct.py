@@ -229,12 +229,13 @@ PRESETS = {
                    backbone_layers=2, weights="none", optimizer="adam", lr=3e-3, k=1, lambda_u=15.0,
                    vat_eps=5.0, ema=0.99, weak_epochs=10, workers=0, eval_every=250,
                    save_every=100),
+    "voc": dict(labeled="1464", epochs=50, long_side=400, scale=(0.5, 2.0), crop=(320, 320),
+                flip=True),
     "cityscapes": dict(labeled="100", epochs=50, batch=4, size=(512, 1024), eval_size="train"),
     "camvid": dict(labeled="100", epochs=50, size=(360, 480), eval_size="train", eval_every=270),
-    "folder": dict(epochs=50, long_side=400, scale=(0.5, 2.0), crop=(320, 320), flip=True),
     "sunrgbd": dict(labeled="1500", epochs=100, size=(480, 640), eval_size="train"),
 }
-PRESETS["voc"] = PRESETS["folder"] | dict(labeled="1464")
+PRESETS["folder"] = PRESETS["voc"] | dict(labeled="all")
 PRESETS["sunrgbd13"] = PRESETS["sunrgbd"]
 PRESETS["camvid+cityscapes"] = PRESETS["cityscapes"] | dict(labeled="50")  # Table 2
 PRESETS["cityscapes+sunrgbd13"] = PRESETS["cityscapes"] | dict(labeled="1500", epochs=100)
@@ -748,7 +749,7 @@ def prepare(domains, folder, ctx):
             domain.pseudo = weak_labels(domain, augment, part, ctx)
         domain.data = cached(domain.data, cfg.size, cfg, ctx)
         if cfg.weak:
-            domain.pseudo.split = domain.data.train
+            domain.pseudo.split = domain.data.train  # so that its images are cached, too
 
 
 def make_networks(cfg, domains):

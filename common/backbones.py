@@ -231,7 +231,8 @@ def hold_bn(module, policy):
 
 class FrozenBatchNorm(nn.BatchNorm2d):
     """Running statistics and weights that never change. PyTorch's BatchNorm2d keeps its input for
-    the backward pass, and so half of all that a ResNet saves; nothing needs it here."""
+    the backward pass, and so half of all that a ResNet saves; nothing needs it here. (torchvision's
+    FrozenBatchNorm2d would make bf16 fp32.)"""
 
     def forward(self, x):
         return _ConstantMap.apply(x, self.running_mean, self.running_var, self.weight, self.bias,

@@ -228,7 +228,8 @@ def test_every_command_of_the_documentation_is_accepted(script):
     lines = list(commands(text, script))
     assert len(lines) > 9
     for words in lines:
-        check_needs(*reversed(parse(script.Config, script.PRESETS, words)))
+        config, given = parse(script.Config, script.PRESETS, words)
+        check_needs(given, config)
 
 
 LOGITS = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -461,6 +461,20 @@ def test_real_formats_train_evaluate_and_predict(tmp_path, capsys, tiny, script,
         assert mask.mode == "P" and mask.size == Image.open(original).size
 
 
+@pytest.mark.parametrize("script, world, flags, said", [
+    ("cct", 4, "--batch 6", "--batch 6 cannot be split over 4"),
+    ("s4gan_mlmt", 3, "--batch 3 --mlmt-batch 3 --mlmt-batch-u 4", "--mlmt-batch-u 4 cannot be split over 3"),
+    ("c3_semiseg", 2, "--batch 6 --groups 1 --mix intra", "an even number")])
+def test_what_processes_cannot_share_is_told_before_anything_is_written(tiny, tmp_path, monkeypatch, script,
+                                                                        world, flags, said):
+    ctx = Runtime("cpu")
+    ctx.world = world
+    monkeypatch.setattr(importlib.import_module(script), "Runtime", lambda *_: ctx)
+    with pytest.raises(UserError, match=said):
+        run_here(script, *tiny[script], *flags.split(), "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 @each_script
 def test_compile(tiny, tmp_path, script):
