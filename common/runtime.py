@@ -30,10 +30,12 @@ class Runtime:
         self.device = torch.device("cpu")
         if cuda:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            if self.device.index >= torch.cuda.device_count():
-                raise UserError(f"process {self.rank} of {self.world} has no GPU: torchrun's "
-                                f"--nproc_per_node is more than {torch.cuda.device_count()}")
-            torch.cuda.set_device(self.device)
+            try:
+                torch.cuda.set_device(self.device)
+            except RuntimeError as error:
+                raise UserError(f"process {self.rank} of {self.world} cannot use GPU {self.device.index} of "
+                                f"{torch.cuda.device_count()} (torchrun's --nproc_per_node is at most their "
+                                f"number): {str(error).splitlines()[0]}") from None
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         if precision == "auto" and cuda:

@@ -216,9 +216,10 @@ def test_images_of_many_sizes_make_no_batch(workers):
 
 def test_a_process_without_a_gpu_of_its_own_says_so(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", Mock(side_effect=RuntimeError("invalid device ordinal")))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(UserError, match="--nproc_per_node is more than 1"):
+    with pytest.raises(UserError, match="cannot use GPU 1 of 1 .*--nproc_per_node"):
         Runtime()
 
 
