@@ -105,6 +105,8 @@ MT = B | dict(supervised=False)
 class Config(BaseConfig):
     data: str = option("shapes", "dataset", DATASETS, group="run", scoring=True)
     steps: int = option(35000, "training steps of S (Sec. 4.1.3)", within=(1, None), needs=A)
+    crop: Size | None = option(None, "random crop", needs=A)
+    flip: bool = option(False, "random horizontal flip", needs=A)
     eval_size: str = option("full", "score at the original size, at --size, or on a central square "
                             "of 512x512", ("full", "train", "centre"), scoring=True)
     backbone: str = option("resnet101", "ResNet of S and of the classifier", RESNETS)
