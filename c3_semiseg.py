@@ -468,7 +468,7 @@ def evaluate(net, others, data, cfg, ctx):
     confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in nets}
     examples = Examples(len(data.val), ctx)
     one_size = cfg.scoring_size or data.one_size  # then images are batched
-    transform = T.ForScoring(cfg.scoring_size)
+    transform = partial(T.for_scoring, size=cfg.scoring_size)
     for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
         for name, network in nets.items():
             prediction = predict(network, x, ctx).argmax(1)

@@ -618,7 +618,7 @@ def evaluate(net, domain, ctx):
     confusion = ConfusionMatrix(len(data.classes), ctx.device)
     examples = Examples(len(data.val), ctx)
     one_size = cfg.scoring_size or data.one_size  # then images are batched
-    transform = T.ForScoring(cfg.scoring_size)
+    transform = partial(T.for_scoring, size=cfg.scoring_size)
     for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
         prediction = predict(net, x, domain.number, cfg, ctx).argmax(1)
         confusion.update(prediction, y)

@@ -464,7 +464,9 @@ def classify(classifier, x, ctx):
 def scored_batches(data, cfg, ctx):
     """Iterator of (x, y) over the scored split, each image once"""
     one_size = cfg.eval_size != "full" or data.one_size  # then images are batched
-    transform = T.CentreSquare(512) if cfg.eval_size == "centre" else T.ForScoring(cfg.scoring_size)
+    transform = partial(T.for_scoring, size=cfg.scoring_size)
+    if cfg.eval_size == "centre":
+        transform = partial(T.centre_square, side=512)
     return once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx)
 
 

@@ -381,8 +381,8 @@ class Minibatches(Dataset):
         self.mixed = Stream(data.train, every, None, cfg.seed, f"mixed stage{stage}", False)
         self.static = None
         if masks and cfg.static_void:  # void in all labelled masks, of which 100 are looked at (D9)
-            resize = T.ForScoring(cfg.size)
-            truths = [resize(data.train.image(i), data.train.mask(i))[1] for i in labelled[:100]]
+            truths = [T.for_scoring(data.train.image(i), data.train.mask(i), cfg.size)[1]
+                      for i in labelled[:100]]
             self.static = (torch.stack(truths) == T.IGNORE).all(0)
 
     def __getitem__(self, position):
@@ -439,7 +439,7 @@ def evaluate(net, others, data, cfg, ctx):
     confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in names}
     examples = Examples(len(data.val), ctx)
     one_size = cfg.scoring_size or data.one_size  # then images are batched
-    transform = T.ForScoring(cfg.scoring_size)
+    transform = partial(T.for_scoring, size=cfg.scoring_size)
     for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
         with ctx.autocast():
             logits = [z for z in net(x) if z is not None]
@@ -462,7 +462,7 @@ def write_pseudo_masks(f, data, folder, cfg, ctx):
     """y^_i = argmax f(x_i), i in L u U: palette PNGs at the size of training. Batches do not depend
     on what is there already, so that a writer that was killed goes on to the very same files."""
     def load(i):
-        return T.ForScoring(cfg.size)(data.train.image(i), None)[0]
+        return T.for_scoring(data.train.image(i), None, cfg.size)[0]
 
     paths = [mask_path(folder, data.train, i) for i in range(len(data.train))]
     for parent in {path.parent for path in paths}:

@@ -132,10 +132,8 @@ class DeepLabResNet(ResNet):
                  input_scale="imagenet"):
         super().__init__(name, layers, bn=bn, input_scale=input_scale)
         self.maxpool.ceil_mode = True
-        for layer, dilation in (("layer3", 2), ("layer4", 4)):
-            for module in getattr(self, layer, nn.Module()).modules():
-                if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-                    module.dilation = module.padding = (dilation, dilation)
+        for layer, dilation in (("layer3", 2), ("layer4", 4)):  # no stride is left that halves it
+            dilate(getattr(self, layer, nn.Module()), dilation)
         first = self.layer2[0]
         if stride_on == "1x1" and hasattr(first, "conv3"):
             first.conv1.stride = (2, 2)

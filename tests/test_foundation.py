@@ -21,7 +21,7 @@ from common.runtime import Runtime
 from common.schedules import update_ema
 from common.settings import RESNETS, UserError
 from common.streams import Stream, endless, once, to_device
-from common.weights import load_matching, load_weights
+from common.weights import load_weights
 
 
 def dilations(layer):
@@ -153,7 +153,7 @@ def test_weights_from_a_file(tmp_path, capsys):
     assert all(map(torch.equal, net.state_dict().values(), source.state_dict().values()))
     assert "1 skipped (fc.weight)" in said and "0 missing" in said
     with pytest.raises(UserError, match="missing or differ in shape"):
-        load_matching(ResNet("resnet34"), source.state_dict(), "weights.pth", lambda _: None)
+        load_weights(ResNet("resnet34"), "resnet34", str(tmp_path / "weights.pth"), lambda _: None)
 
 
 def test_imagenet_weights_come_from_torchvision(monkeypatch):
@@ -196,7 +196,7 @@ def test_pad_is_the_mean_colour_and_ignore():
 def test_images_of_many_sizes_are_not_benchmarked():
     split = open_shapes().val
     for batch in (1, 2):
-        for _ in once(split, transforms.ForScoring(), batch, 0, Runtime("cpu")):
+        for _ in once(split, transforms.for_scoring, batch, 0, Runtime("cpu")):
             assert torch.backends.cudnn.benchmark == (batch > 1)
         torch.backends.cudnn.benchmark = False
         next(endless(Stream(Numbers(), [0, 1], noisy, 0, "u", False), 2, 0, 0, Runtime("cpu")))

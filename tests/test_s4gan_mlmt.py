@@ -4,6 +4,7 @@ import copy
 import math
 import shutil
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +193,7 @@ def stubs():
 def test_heuristics_against_loops(root, stubs):
     net, _ = stubs
     data = open_dataset("folder", str(root))
-    images = [T.ForScoring()(data.val.image(i), data.val.mask(i)) for i in range(len(data.val))]
+    images = [T.for_scoring(data.val.image(i), data.val.mask(i)) for i in range(len(data.val))]
     cases = [(net(T.normalise(x[None])).softmax(1)[0], y) for x, y in images]
     counts = torch.stack([p.argmax(0).flatten().bincount(minlength=C) for p, _ in cases])
     cfg = config("--data folder --workers 0")
@@ -249,7 +250,9 @@ def test_evaluate_against_loops(root, stubs, flags):
     data = open_dataset("folder", str(root))
     cfg = config(f"--data folder --workers 0 --tau 0.5 --batch 3 {flags}")
     net, classifier = stubs
-    transform = T.CentreSquare(512) if cfg.eval_size == "centre" else T.ForScoring(cfg.scoring_size)
+    transform = partial(T.for_scoring, size=cfg.scoring_size)
+    if cfg.eval_size == "centre":
+        transform = partial(T.centre_square, side=512)
     cases = []
     truth = []
     scores = []
@@ -313,7 +316,7 @@ def test_two_views():
 
 def test_centre_square_of_pcontext():
     mask = np.tile(np.arange(30, dtype=np.uint8), (20, 1))
-    x, y = T.CentreSquare(40)(np.zeros((20, 30, 3), np.uint8), mask)
+    x, y = T.centre_square(np.zeros((20, 30, 3), np.uint8), mask, 40)
     assert x.shape == (3, 40, 40) and y.shape == (40, 40)
     assert y[0, 0] == 5 and y[0, -1] == 24  # columns 10..49 of 60
 

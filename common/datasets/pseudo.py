@@ -1,6 +1,4 @@
 """Pseudo-masks, the labels that a network gave to training images: palette PNGs in a folder."""
-import datetime
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -57,18 +55,10 @@ class PseudoLabelled:
         for parent in {self.path(i).parent for i in missing}:
             parent.mkdir(parents=True, exist_ok=True)
         torch.backends.cudnn.benchmark = False  # images have many sizes
-        begin = time.perf_counter()
-        chunk = 10 * max(1, workers)
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            for done in range(0, len(missing), chunk):
-                list(pool.map(make, missing[done:done + chunk]))  # raises what went wrong
-                left = len(missing) - min(done + chunk, len(missing))
-                seconds = round((time.perf_counter() - begin) / (len(missing) - left) * left)
-                if done // chunk % 10 == 0 or not left:
-                    whose = f" (process 0 of {ctx.world})" if ctx.world > 1 else ""
-                    written = len(missing) - left
-                    ctx.say(f"pseudo-labels{whose}: {written} of {len(missing)} written, "
-                            f"ETA {datetime.timedelta(seconds=seconds)}")
+            for done in range(0, len(missing), 100):
+                list(pool.map(make, missing[done:done + 100]))  # raises what went wrong
+                ctx.say(f"pseudo-labels: {min(done + 100, len(missing))} of {len(missing)} written")
         ctx.barrier()
 
     def compare(self, indices, ctx):
