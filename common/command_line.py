@@ -13,6 +13,7 @@ import sys
 import typing
 from pathlib import Path
 
+from common.datasets.labelled import PICKLES
 from common.settings import ANY, Size, UserError, flag, is_list, kinds_of, say, show
 
 
@@ -170,6 +171,9 @@ def check_needs(given, *configs):
                 if value is None or value == "" or isinstance(value, bool):
                     state = f"{'with' if value is True else 'without'} {flag(name)}"
                 raise UserError(f"{flag(field.name)} has no effect {state}")
+    if "labeled" in given and all(one.split and not one.split.endswith(PICKLES) for one in configs):
+        raise UserError("--labeled has no effect with a list of images in --split: drop one of the "
+                        "two")
     if any(one.eval_size == "train" and not one.size for one in configs):
         raise UserError("--eval-size train scores at --size, which is not set here: give --size, "
                         "or --eval-size full")

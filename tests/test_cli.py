@@ -168,6 +168,7 @@ def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
     ("--weights nowhere.pth", "no such file"), ("--weights README.md", "README.md is not"),
     ("--data voc --size 64 --long-side 80", "exclude each other"), ("--background 99", "--background 99"),
     ("--labeled 100000", "100000"), ("--batch 1", "expected at least 2"), ("--eval-every 0", "at least 1"),
+    ("--split list.txt --labeled 3", "--labeled has no effect with a list of images in --split"),
     ("--eval-size train", "train scores at --size"), ("--download", "no effect with --data shapes"),
     ("--perturbations f_drop --noise 1", "--noise has no effect with --perturbations f_drop"),
     ("--perturbations f_drop --vat-eps 1", "--vat-eps has no effect with --perturbations f_drop")])

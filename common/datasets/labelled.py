@@ -12,6 +12,8 @@ import numpy as np
 from common.datasets.masks import few, numbered_lines
 from common.settings import UserError
 
+PICKLES = (".pkl", ".pickle")  # endings of a permutation's file
+
 
 def choose_labelled(data, labeled, split_file, seed):
     """-> (labelled, unlabelled): sorted indices into data.train, disjoint and together all of it.
@@ -26,7 +28,7 @@ def choose_labelled(data, labeled, split_file, seed):
     """
     train = data.train
     able = [i for i in range(len(train)) if train.has_mask(i)]
-    if str(split_file).endswith((".pkl", ".pickle")):
+    if str(split_file).endswith(PICKLES):
         order = read_permutation(split_file, len(train))
         chosen = order[:_count(labeled, len(order))]
     elif split_file:
