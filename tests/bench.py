@@ -5,7 +5,6 @@
     python tests/bench.py --images 20 --size 320 --precision bf16 --steps 60 --workers 4
     python tests/bench.py --loader          what the images of a step cost the CPU, for all scripts
     python tests/bench.py --decoders        cct.py's decoders, one by one (Table 13)
-    python tests/bench.py --crf             common/crf.py alone, one image of the size of VOC's
 
 Each row runs the script in a process of its own on random images of 21 classes, reads its log.csv
 (first interval left out), and its peak memory (on the CPU the process's largest resident set). The
@@ -35,7 +34,6 @@ import cct  # noqa: E402
 import s4gan_mlmt as s4  # noqa: E402
 import three_stage  # noqa: E402
 from common.cache import cached  # noqa: E402
-from common.crf import dense_crf, unary_of_labels  # noqa: E402
 from common.datasets import open_dataset  # noqa: E402
 from common.datasets.pseudo import mask_path  # noqa: E402
 from common.datasets.tags import Tagged  # noqa: E402
@@ -146,22 +144,6 @@ def loader(steps):
         print(f"| {name}, {preset} | {' | '.join(columns)} |", flush=True)
 
 
-def measure_crf(device, height=375, width=500, classes=21):
-    """Seconds of dense_crf for one image, on the CPU with two threads: the best of five"""
-    torch.set_num_threads(2)
-    torch.manual_seed(0)
-    colours = F.interpolate(255 * torch.rand(1, 3, 4, 5), (height, width), mode="bilinear")[0]
-    image = colours + 2 * torch.randn(3, height, width)  # about as many colours as a photograph
-    image = image.clamp(0, 255).byte().permute(1, 2, 0).to(device)
-    unary = unary_of_labels(torch.randint(classes, (height, width)), classes).to(device)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        dense_crf(image, unary).cpu()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
-
-
 def forward(call, ctx, repeats=5):
     """-> (median time of a call in ms, MB of tensors that it keeps for the backward pass)"""
     times, kept = [], {}
@@ -214,17 +196,12 @@ def main():
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--loader", action="store_true", help="time the reading of images instead")
     parser.add_argument("--decoders", action="store_true", help="time cct.py's decoders instead")
-    parser.add_argument("--crf", action="store_true", help="time common/crf.py instead")
     args, others = parser.parse_known_args()
     if args.loader:
         loader(args.steps)
         return
     if args.decoders:
         decoders(args.precision)
-        return
-    if args.crf:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        print(f"dense_crf, 375 x 500, 21 classes, {device}: {measure_crf(device):.2f} s")
         return
     print("| script | images x size | precision | images/s | steps/s | peak GB | data wait | "
           "step time, times supervised |\n" + 8 * "|--" + "|")

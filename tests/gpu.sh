@@ -23,7 +23,6 @@ if [[ $parts == *" speed "* ]]; then  # the papers' networks and batches
         python tests/bench.py --script s4gan_mlmt.py --images 16 --size 321 --backbone resnet101 $flags
     done
     python tests/bench.py --decoders --precision bf16
-    python tests/bench.py --crf
 fi
 
 if [[ $parts == *" loader "* ]]; then

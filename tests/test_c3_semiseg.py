@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_of, column, last, run_here, same_state
+from conftest import batch_of, column, last, normal, run_here, same_state
 from torch import nn
 
 import c3_semiseg as c3
@@ -27,10 +27,6 @@ CTX = Runtime("cpu", "fp32")
 def config(**values):
     return c3.Config(**dict(backbone="resnet18", backbone_layers=2, weights="none",
                             backbone_lr_mult=1.0) | values)
-
-
-def normal(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def ids(seed, *shape, ignore=0.3, high=C):
@@ -456,7 +452,7 @@ def test_weight_of_the_consistency():
 # ---- runs
 
 @pytest.mark.parametrize("keys", ["student", "teacher"])
-def test_four_steps_equal_plain_pytorch(tiny, folder_data, tmp_path, keys):
+def test_four_steps_equal_plain_pytorch(scaled, tiny, folder_data, tmp_path, keys):
     """Two steps of the burn-in and two behind it, image by image, Eq. 1 to 7"""
     run_here("c3_semiseg", *tiny["c3_semiseg"], "--steps", 4, "--lr", 2e-4, "--consist-ramp", 0.5,
              "--contrast-ramp", 0.5, "--lambda-1", 50, "--lambda-2", 0.5, "--divide-by-classes",

@@ -419,7 +419,7 @@ def test_damaged_mat_files_are_refused(tmp_path, compressed):
 
 class Names(list):
     """A split of nothing but sorted names, all of which have a mask"""
-    keys = property(list)
+    keys = property(lambda self: self)
 
     def has_mask(self, i):
         return True

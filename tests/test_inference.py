@@ -125,12 +125,11 @@ def test_the_images_are_never_overwritten(tmp_path):
     assert f"{other}/a.png is one of the images" in error_of(images, other)
 
 
-def test_torchrun_predicts_every_image_once_and_names_the_damaged_ones(tiny, tmp_path):
-    run_here("cct", *tiny["cct"], "--steps", 2, "--out", tmp_path / "run")
+def test_torchrun_predicts_every_image_once_and_names_the_damaged_ones(whole, tmp_path):
     for k in range(3):
         picture(tmp_path / f"images/more/{k}.png", size=(40, 48))
     (tmp_path / "images/bad.png").write_bytes(b"no picture")
-    arguments = ["--predict", tmp_path / "run/last.pt", "--images", tmp_path / "images",
+    arguments = ["--predict", whole("cct")[0] / "last.pt", "--images", tmp_path / "images",
                  "--out", tmp_path / "out", "--device", "cpu"]
     with pytest.raises(UserError, match="--format voc is for its 21 classes"):
         run_here("cct", *arguments, "--format", "voc")

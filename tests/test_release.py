@@ -345,32 +345,6 @@ def s4gan(release, small):
     return SimpleNamespace(load=load, module=load("train_s4GAN"), nets=nets, S=S, D=D, cfg=cfg)
 
 
-def test_s4gan_networks(double, s4gan):
-    """S, with batch statistics and without, and D without dropout: rounding of float64"""
-    x = images(2, 128)  # large enough for the dilations
-    for training in (False, True):
-        logits = s4gan.nets["S"].train(training)(x)
-        logits = F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=True)
-        agree("s4gan", "networks", differ(s4gan.S.train(training)(x), logits))
-    p, x = logits.softmax(1)[..., :SIZE, :SIZE], x[..., :SIZE, :SIZE]
-    score, feature = s4gan.nets["D"].eval()(torch.cat([p, x], 1))
-    ours = s4gan.D(p, x)
-    agree("s4gan", "networks", differ(ours[0].sigmoid()[:, None], score))
-    agree("s4gan", "networks", differ(ours[1][..., None, None], feature))
-
-
-def test_s4gan_losses(double, s4gan):
-    """CE, true maps, self-training on the images that pass: rounding of float64"""
-    logits, y = torch.randn(4, 21, 16, 16), masks(4, 21, 16)
-    theirs = s4gan.module
-    agree("s4gan", "each loss", differ(s4.cross_entropy(logits, y), theirs.loss_calc(logits, y, 0)))
-    agree("s4gan", "each loss", differ(s4.one_hot(y, 21), theirs.one_hot(y)))
-    d = torch.tensor([0.2, 0.61, 0.59, 0.9])
-    chosen, labels, _ = theirs.find_good_maps(d[:, None], logits)
-    ours = s4.self_training(logits, d >= 0.6)
-    agree("s4gan", "each loss", differ(ours, theirs.loss_calc(chosen, labels, 0)))
-
-
 def test_s4gan_schedules(s4gan):
     """Learning rates of S and D over 35k steps are theirs; D2: their ResNet has 1 (conv1), 3 or 4 (shortcuts)
     updates a step"""
@@ -803,13 +777,19 @@ C3_NAMES = {r"n\.decoder\.conv2d_list": "n.net.head.branches", r"n\.body": "n.ne
 C3_FLAGS = "--data cityscapes --backbone resnet50 --weights imagenet --batch 2 --groups 1 "
 
 
-def c3_pair(load):
-    """Their network and embedding, for the 19 classes of Cityscapes, and ours with their weights"""
+def small_c3(load):
+    """Their module, whose ResNets are small"""
     load("base")  # before models, which imports it and which it imports
     deeplab = load("models.deeplabv2")
     make_layer = deeplab.ResNet._make_layer
     deeplab.ResNet._make_layer = lambda self, block, planes, blocks, *a, **kw: make_layer(
         self, block, planes, min(blocks, LAYERS[planes.bit_length() - 7]), *a, **kw)
+    return deeplab
+
+
+def c3_pair(load):
+    """Their network and embedding, for the 19 classes of Cityscapes, and ours with their weights"""
+    deeplab = small_c3(load)
     nets = dict(n=deeplab.DeepLabV2(19, pretrained=False, return_feat_and_logit=True),
                 e=load("models.embedding").create_embedding_layer("mlp", embed_dim=256))
     pretrained(*nets.values())
@@ -852,17 +832,6 @@ def c3_trainer(load, nets, teachers, cfg):
 def first_cells(b, n):
     """Numbers by which ours samples the first cells of a kind, as theirs does if randperm is arange"""
     return torch.arange(n).expand(b, n) / n
-
-
-def test_c3_networks(double, release, small):
-    """Logits and embeddings with frozen BN: rounding of float64"""
-    nets, ours = c3_pair(release("C3-SemiSeg"))
-    nets["n"].freeze_bn()
-    x = images(1, 128)
-    features, logits = nets["n"](x)
-    mine = ours.train()(x)
-    agree("c3_semiseg", "networks", differ(mine[0], logits))
-    agree("c3_semiseg", "networks", differ(mine[1], nets["e"](features)))
 
 
 def test_c3_steps(double, release, small, monkeypatch, tmp_path):
@@ -950,41 +919,11 @@ def test_c3_schedules(release, small):
     assert (4 * cfg.contrast_ramp * cfg.steps, cfg.lambda_2) == (1000, 0.1)
 
 
-def test_c3_thresholds(double, release, small):
-    """DCRS on five random maps: thresholds to rounding, kept pixels equal"""
-    dataset = object.__new__(release("C3-SemiSeg")("dataloaders.cityscapes").PseudoCityScapesDataset)
-    cfg = config(c3, C3_FLAGS)
-    dataset.end_percent = cfg.dcrs
-    dataset.init_cb_threshold(0.9)
-    thresholds = torch.full((19,), 0.9)
-    for _ in range(5):
-        q = (3 * torch.randn(2, 19, 16, 16)).softmax(1)
-        q[:, 7] = 0
-        dataset.update_ema_cb_threshold(q, ema=0.9, gamma=0.0)
-        _, keep = c3.confident_pixels(q, torch.ones(2, 16, 16, dtype=torch.bool), thresholds, cfg, CTX)
-        agree("c3_semiseg", "thresholds", differ(thresholds, dataset.cls_conf_threshold))
-        kept = dataset.get_cb_threshould_mask(q)[:, 0].bool()
-        agree("c3_semiseg", "predictions: pixels", int((keep != kept).sum()), 0)
-
-
-def test_c3_contrast_and_evaluation(double, release):
-    """Eq. 5 on hard and easy cells, of labelled images alone and of both kinds, and mIoU: rounding"""
-    load = release("C3-SemiSeg")
-    load("utils.losses").torch = SimpleNamespace(**vars(torch) | dict(randperm=torch.arange))
-    theirs = load("utils.losses").PixelContrastLoss(temperature=0.15, neg_num=20)
-    cfg = config(c3, C3_FLAGS)
-    ctx = SimpleNamespace(random=lambda *_: SimpleNamespace(uniform=first_cells))
-    f, keys = torch.randn(2, 2, 8, 12, 12)
+def test_c3_evaluation(release):
+    """mIoU: rounding"""
     y, logits = masks(2, 4, 96), torch.randn(2, 19, 96, 96)
-    logits[:, :4] += 2 * s4.one_hot(y, 4) + 2
-    prediction = F.interpolate(logits, (12, 12), mode="bilinear").argmax(1)
-    ours = c3.contrast(dict(labelled=(f, f, y, logits)), 0, 1, cfg, ctx)
-    agree("c3_semiseg", "each loss", differ(ours, theirs(f, labels=y, predict=prediction)))
-    labelled, unlabelled = zip(*(x.split(1) for x in (f, keys, y, logits)))
-    ours = c3.contrast(dict(labelled=labelled, unlabelled=unlabelled), 0, 1, cfg, ctx)
-    agree("c3_semiseg", "each loss", differ(ours, theirs(f, keys, labels=y, predict=prediction)))
     y[:, 8:16, :19] = torch.arange(19)
-    _, _, inter, union = load("utils.metrics").eval_metrics(logits, y, 19)
+    _, _, inter, union = release("C3-SemiSeg")("utils.metrics").eval_metrics(logits, y, 19)
     agree("c3_semiseg", "mIoU", abs(miou(19, logits.argmax(1), y) - (inter / union).mean()), 1e-5)
 
 
@@ -1072,17 +1011,6 @@ def perturbed(kind, decoder, z, objects, kept, cfg):
         case "obj_msk": return cct.obj_msk(z, objects)
         case "f_drop": return cct.f_drop(z, fixed, *cfg.drop_range)
         case "f_noise": return cct.f_noise(z, source(numbers), cfg.noise)
-
-
-def test_cct_networks(double, release, small):
-    """Encoder and decoder, with batch statistics and without: rounding of float64"""
-    _, theirs, ours = cct_pair(release("CCT"))
-    for training in (True, False):
-        x = images(2)
-        z = theirs.encoder.train(training)(x)
-        ours.train(training)
-        agree("cct", "networks", differ(ours.psp(ours.backbone(x)), z))
-        agree("cct", "networks", differ(ours.main(z), theirs.main_decoder(z)))
 
 
 def test_cct_steps(double, release, small, monkeypatch):
@@ -1278,12 +1206,7 @@ def test_three_stage_file(release, small, monkeypatch, branch):
 def test_c3_file(release, small, monkeypatch):
     """best_model.pth: rounding of float32"""
     load = release("C3-SemiSeg")
-    load("base")
-    deeplab = load("models.deeplabv2")
-    make_layer = deeplab.ResNet._make_layer
-    deeplab.ResNet._make_layer = lambda self, block, planes, blocks, *a, **kw: make_layer(
-        self, block, planes, min(blocks, LAYERS[planes.bit_length() - 7]), *a, **kw)
-    theirs = deeplab.DeepLabV2(4, pretrained=False).eval()
+    theirs = small_c3(load).DeepLabV2(4, pretrained=False).eval()
     pretrained(theirs)
     x = images(1, 128)
     agree_opened(monkeypatch, c3, saved_by(load("base.base_trainer").BaseTrainer, theirs), {x: theirs(x)})

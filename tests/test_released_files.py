@@ -95,7 +95,7 @@ def test_s4gan_is_fused_with_a_released_classifier(made, capsys):
     assert "fused" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", THEIRS)
+@pytest.mark.parametrize("name", ["c3_semiseg", "mlmt"])
 def test_released_files_that_do_not_fit_are_told(made, name):
     _, path, script, flags = made(name)
     with pytest.raises(UserError, match=r"has \d+ classes, --data shapes has \d+"):

@@ -1,12 +1,11 @@
 """The table and the picture of run folders: by hand, from logs written here, and of real tiny runs."""
 import importlib
 import json
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, run_here
+from conftest import SCRIPTS
 
 from common import summary
 from common.settings import UserError, to_save
@@ -163,14 +162,12 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, arguments,
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_real_runs(tiny, tmp_path, capsys, script):
-    start = time.perf_counter()
-    run_here(script, *tiny[script], "--out", tmp_path / "run")
-    took = time.perf_counter() - start
-    final = capsys.readouterr().out.split("final: mIoU ")[1].split()
-    one = summary.read_run(tmp_path / "run")
+def test_real_runs(whole, capsys, script):
+    folder, output, took = whole(script)
+    final = output.split("final: mIoU ")[1].split()
+    one = summary.read_run(folder)
     assert one.settings["script"] == script and one.running == "" and one.gpu_gb == 0
     assert f"{100 * one.scores['fused' if script == 's4gan_mlmt' else 'mIoU']:.1f}" == final[0]
     assert 0.5 * took < 3600 * one.hours < took
-    [titles, row] = printed(capsys, tmp_path / "run")
+    [titles, row] = printed(capsys, folder)
     assert final[0] in row and titles.split()[-6:] == ["best", "seeds", "steps", "hours", "GPU", "GB"]

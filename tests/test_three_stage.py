@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_of, column, last, run_here, same_run, same_state
+from conftest import batch_of, column, last, normal, run_here, same_run, same_state
 from PIL import Image
 from torch import nn
 
@@ -34,10 +34,6 @@ def config(**values):
 
 def paper(**values):
     return ts.Config(**dict(bn="frozen", lr_groups="released", lambda_pl=0.5) | values)
-
-
-def normal(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def ids(seed, *shape, classes=C):
@@ -150,16 +146,6 @@ def test_frozen_bn_never_changes_and_learning_bn_does(bn):
     assert same_state(before, net.state_dict()) == (bn == "frozen")
 
 
-def test_input_scale_caffe_is_rgb_in_0_to_255_less_the_mean():
-    pixels = ids(0, 1, 3, 24, 24, classes=256).float()
-    x = normalise(pixels[0].byte())[None]
-    caffe = pixels - torch.tensor([122.67891434, 116.66876762, 104.00698793])[:, None, None]
-    plain = ts.Segmenter(config(bn="frozen"), C).eval()
-    f = ts.Segmenter(config(bn="frozen", input_scale="caffe"), C).eval()
-    f.load_state_dict(plain.state_dict())
-    torch.testing.assert_close(f(x), plain(caffe), rtol=1e-3, atol=1e-3)
-
-
 def test_weights_of_a_file_are_restored_where_they_fit(tmp_path):
     """The body always; the classifier of the authors' COCO file only for as many classes"""
     source = ts.Segmenter(config(), 21)
@@ -177,16 +163,6 @@ def test_weights_of_a_file_are_restored_where_they_fit(tmp_path):
 
 
 # ---- losses (Eq. 1-5)
-
-def test_eq2_eq3_cross_entropy():
-    logits, y = normal(0, 3, C, 4, 6), ids(1, 3, 4, 6)
-    y[0, 0] = y[2] = 255
-    terms = [-logits[b, :, v, u].double().log_softmax(0)[y[b, v, u]].item()
-             for b, v, u in np.ndindex(*y.shape) if y[b, v, u] != 255]
-    assert ts.cross_entropy(logits, y).item() == pytest.approx(np.mean(terms), rel=1e-5)
-    assert ts.cross_entropy(logits, y, count=7).item() == pytest.approx(sum(terms) / 7, rel=1e-5)
-    assert ts.cross_entropy(logits[:0], y[:0]) == 0  # a process without labelled images
-
 
 @pytest.mark.parametrize("target", ["hard", "soft"])
 def test_eq1_consistency(target):
@@ -263,6 +239,8 @@ def test_minibatches(data, tmp_path, monkeypatch):
     every = range(len(data.train))
     assert sorted(stream.mixed.index(k) for k in every) == list(every)
     assert sorted(stream.labelled.index(k) for k in range(3)) == labelled
+    plain = ts.Minibatches(data, labelled, 2, masks, 2, config(**SAMPLE, strong=False))[3]
+    assert torch.equal(plain[0], plain[1]) and torch.equal(plain[2], samples[0][2])  # no A: all count in L_con
     stage3 = ts.Minibatches(data, labelled, 2, masks, 3, config(**SAMPLE))
     assert not torch.equal(stage3[7][0], samples[7][0])  # drawn anew in every stage
 
@@ -288,17 +266,6 @@ def test_scales_are_steps_of_a_tenth():
         sizes.add((m[0] == 1).sum().item())
         assert torch.equal(m[0], m[1]) and set(m.unique().tolist()) <= {1, 255}
     assert sizes == {round(100 * s / 10) * round(120 * s / 10) for s in range(5, 16)}  # 0.5, 0.6, .., 1.5
-
-
-def test_padding_counts_in_l_con_only(data, tmp_path):
-    """Without A the index map is the identity: L_con takes all pixels; L_seg and L_pl none of the padding."""
-    cfg = config(**SAMPLE | dict(crop=(100, 100)), strong=False)
-    stream = ts.Minibatches(data, [0], 2, write_masks(data, tmp_path), 2, cfg)
-    for x, _, index, y, pseudo in (stream[0], stream[3]):
-        padding = pseudo == 255
-        assert padding.any() and (x[:, padding].T == torch.tensor([124, 116, 104])).all()
-        assert (y[padding] == 255).all()
-        assert (index >= 0).all()
 
 
 def test_static_void_is_what_is_void_in_every_labelled_mask(data, tmp_path, monkeypatch):
@@ -395,7 +362,7 @@ def test_writer_student_is_scored_and_writes_the_masks(flags, tmp_path):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_two_steps_equal_plain_pytorch(whole, flags, data, tmp_path, stage):
+def test_two_steps_equal_plain_pytorch(scaled, whole, flags, data, tmp_path, stage):
     """Eq. 4 and 5 with lambdas of 1/4 and 2: losses, Adam and EMA"""
     masks = whole / f"stage{stage - 1}/pseudo"
     here(*flags, "--masks", masks, "--stages", stage, "--lambda-con", 0.25, "--lambda-pl", 2,
@@ -502,7 +469,7 @@ def test_supervised_takes_the_steps_of_all_stages(bare, tmp_path):
 
 
 @pytest.mark.parametrize("flags, said", [
-    ("--scale 0.5 1.5", "give a --crop"), ("--batch 3 --batch-l 3", "expected at least one image"),
+    ("--batch 3 --batch-l 3", "expected at least one image"),
     ("--branch-stage3 ghat --lambda-pl 0", "--branch-stage3 has no effect")])
 def test_contradictions_are_refused(tmp_path, flags, said):
     with pytest.raises(UserError, match=said):

@@ -1,13 +1,11 @@
 """Class activation maps, pseudo-labels, maps of the cluster assumption, each against a slow version."""
-import os
-import signal
 import types
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import run_here, start_script, wait_for
+from conftest import normal
 from PIL import Image
 
 from common import cam
@@ -26,10 +24,6 @@ CTX = Runtime("cpu", "fp32")
 def net(pretrained=True):
     torch.manual_seed(0)
     return cam.CamNet("resnet18", 4, 5, pretrained)
-
-
-def normal(seed, *shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def test_classifier_is_the_mean_of_its_maps_without_their_relu():
@@ -165,25 +159,6 @@ def test_picture_is_dark_at_the_boundary_of_two_colours():
     for k in (1, 2):
         row = picture[24, 64 * k:64 * (k + 1), 0].astype(int)
         assert row[28:36].min() == 0 and row[:8].min() == 255 and row[-8:].min() == 255
-
-
-# ---- the whole, through the command line
-
-def test_stale_pseudo_labels_are_written_anew_and_a_signal_still_saves(tmp_path, tiny):
-    """Those of a classifier that is gone; and after them the training listens to signals again."""
-    root = tiny["cct"][tiny["cct"].index("--root") + 1]
-    arguments = [*tiny["cct"], "--weak", "--tags", f"{root}/tags.txt", "--weak-epochs", 1]
-    pseudo = tmp_path / "run/weak/pseudo/unlabeled"
-    pseudo.mkdir(parents=True)
-    Image.fromarray(np.full((5, 6), 1, np.uint8)).save(pseudo / "new0.png")
-    process = start_script("cct", *arguments, "--steps", 4000, "--out", tmp_path / "run")
-    wait_for(lambda: process.poll() is not None or (tmp_path / "run/last.pt").exists())
-    os.killpg(process.pid, signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 143 and "stopped by a signal" in output, output
-    assert Image.open(pseudo / "new0.png").size != (6, 5)
-    with pytest.raises(UserError, match="is a classifier, which segments nothing"):
-        run_here("cct", "--evaluate", tmp_path / "run/weak/last.pt")
 
 
 def test_pseudo_labels_are_of_the_tags_alone(tmp_path):
