@@ -292,7 +292,8 @@ SETTINGS = {
     "c3_semiseg": ["--burn-in 0.5 --mix intra --batch 4", "--burn-in 0.5 --precision bf16",
                    "--burn-in 0.1 --contrast none --dcrs 1", "--supervised"],
     "s4gan_mlmt": ["--supervised --steps 8 --batch 2 --crop 32 --scale 0.5 0.7 --lr 0.01",
-                   "--branch mlmt --weak --tags {root}/tags.txt --mlmt-size 32 --mlmt-batch 2 --mlmt-batch-u 2 --mlmt-epochs 3",
+                   "--branch mlmt --weak --tags {root}/tags.txt --mlmt-size 32 --mlmt-batch 2 --mlmt-batch-u 2 "
+                   "--mlmt-epochs 3",
                    "--branch s4gan --d-width 4 --steps 6 --batch 2 --crop 32 --scale 0.5 0.7 "
                    "--network deeplabv3plus --backbone-layers 4 --precision bf16"],
 }
