@@ -26,11 +26,6 @@ def test_a_mask_reads_back_exactly_with_its_colours(tmp_path, classes):
     assert os.listdir(tmp_path) == ["mask.png"]
 
 
-def test_every_id_has_the_colour_of_its_class():
-    found = colour(np.array([[0, 1], [2, 255]]), PALETTE)
-    assert found.tolist() == [[[0, 0, 0], [200, 10, 20]], [[30, 40, 250], list(VOID)]]
-
-
 def test_a_panel_shows_each_picture_at_its_place_in_no_colour_but_the_classes():
     image = np.full((300, 600, 3), (20, 160, 60), np.uint8)  # shown with 480 x 240 pixels
     truth = np.random.default_rng(0).integers(0, 2, (300, 600))
