@@ -1,11 +1,13 @@
 """Class activation maps, pseudo-labels, maps of the cluster assumption, each against a slow version."""
+import contextlib
 import types
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import normal
+from conftest import batch_of, normal
 from PIL import Image
 
 from common import cam
@@ -14,9 +16,12 @@ from common.datasets import open_dataset
 from common.datasets.pseudo import PseudoLabelled
 from common.datasets.voc import voc_palette
 from common.pictures import save_mask
+from common.random import mix
 from common.runtime import Runtime
 from common.settings import UserError
 from common.smoothness import neighbour_distance, smoothness_picture
+from common.streams import Stream
+from common.transforms import to_tensors
 
 CTX = Runtime("cpu", "fp32")
 
@@ -48,6 +53,43 @@ def test_pretrained_layers_that_do_not_learn(pretrained):
     assert bool(early) != pretrained
     moved = any(not torch.equal(before[name], buffer) for name, buffer in network.named_buffers())
     assert moved != pretrained
+
+
+class Images(list):
+    """20 images and their tags"""
+    image = list.__getitem__
+
+    def mask(self, i):
+        return np.arange(6) % 3 == i % 3
+
+
+def test_two_steps_of_the_classifier_equal_plain_pytorch(tmp_path):
+    """SGD without momentum on the binary cross-entropy of the objects' tags; the last layer's rate is tenfold."""
+    images = Images(np.random.default_rng(0).integers(0, 256, (20, 32, 32, 3), np.uint8))
+    objects = [1, 2, 3, 5]
+    cfg = types.SimpleNamespace(weak_epochs=1, weak_lr=0.05, weights="none", backbone="resnet18", backbone_layers=3,
+                                stem="7x7", seed=3, workers=0, save_every=9, compile=False)
+    log = types.SimpleNamespace(waiting=contextlib.nullcontext, **dict.fromkeys(("add", "curves", "close"), Mock()))
+    part = types.SimpleNamespace(path=tmp_path / "weak", is_new=True, resume=Mock(return_value=0), log=log,
+                                 stop_if_asked=Mock(), save=Mock())
+    data = types.SimpleNamespace(train=images, name="clouds")
+
+    def plain(image, tags, rng):
+        return to_tensors(image, None)[0], tags if tags is None else torch.from_numpy(tags[objects])
+    trained = cam.train_classifier(data, images, objects, plain, part, cfg, CTX)
+    torch.manual_seed(mix(3, "init", "weak"))
+    network = cam.CamNet("resnet18", 3, 4, pretrained=False).train()
+    stream = Stream(images, range(20), plain, 3, "weak", True)
+    for step in range(2):
+        x, t = batch_of(stream, step, 16)
+        p = network(x).sigmoid()
+        loss = -torch.where(t, p, 1 - p).log().mean()
+        names, parameters = zip(*network.named_parameters())
+        for name, w, gradient in zip(names, parameters, torch.autograd.grad(loss, parameters)):
+            rate = 0.05 * (1 - step / 2) ** 0.9 * (10 if name == "classifier.weight" else 1)
+            w.data -= rate * (gradient + 1e-4 * w.data)
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(trained.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_activation_maps_sum_scales_and_mirror_images_of_the_present_classes():
