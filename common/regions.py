@@ -51,7 +51,8 @@ def random_rectangles(blobs, u, share, shape):
     b, height, width = shape
     side = box[2:] - box[:2]
     room = (side * (1 - share)).long() + 1
-    top, left = start = box[:2] + (u * room).long()
+    start = box[:2] + (u * room).long()
+    top, left = start
     bottom, right = start + (side * share).long()
     y = torch.stack([top, top, bottom, bottom])
     x = torch.stack([left, right, left, right])

@@ -56,9 +56,10 @@ class PseudoLabelled:
             parent.mkdir(parents=True, exist_ok=True)
         torch.backends.cudnn.benchmark = False  # images have many sizes
         with ThreadPoolExecutor(max(1, workers)) as pool:
-            for done in range(0, len(missing), 100):
-                list(pool.map(make, missing[done:done + 100]))  # raises what went wrong
-                ctx.say(f"pseudo-labels: {min(done + 100, len(missing))} of {len(missing)} written")
+            for first in range(0, len(missing), 100):
+                list(pool.map(make, missing[first:first + 100]))  # raises what went wrong
+                done = min(first + 100, len(missing)) / len(missing)  # like that of all processes
+                ctx.say(f"pseudo-labels: {100 * done:.0f} % written")
         ctx.barrier()
 
     def compare(self, indices, ctx):
