@@ -36,7 +36,8 @@ class RunFolder:
         self.datasets = datasets
         self.ctx = ctx
         domains = [dict(name=data.name, classes=list(data.classes), images=data.train.fingerprint,
-                        palette=torch.from_numpy(data.palette)) for data in datasets]
+                        labelled=data.labelled, palette=torch.from_numpy(data.palette))
+                   for data in datasets]
         self.about = dict(script=script, config=to_save(cfg), domains=domains)
         self.stop = []  # signals that came in; a list, so that the parts of a run share it
         self.clock = [time.perf_counter()]  # of the last row of a log; shared as well
@@ -98,6 +99,10 @@ class RunFolder:
                         raise UserError(f"{self.path / 'last.pt'} was trained on other images than "
                                         f"those of {data.name} in --root {self.cfg.root}: choose "
                                         f"another folder with --out")
+                    if domain["labelled"] != data.labelled:
+                        raise UserError(f"{self.path / 'last.pt'} was trained with other labelled "
+                                        f"images than those that --split lists now: choose another "
+                                        f"folder with --out")
                 step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):

@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import resource
@@ -186,6 +187,18 @@ def test_a_scored_mask_of_another_size_is_told_before_training(tmp_path, tiny):
     with pytest.raises(UserError, match=f"{path.name}: the mask has .*5, 6.*its image .*one size"):
         run_here("cct", *tiny["cct"], "--root", root, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+@each_script
+def test_split_list_that_has_changed_is_told(bare, tmp_path, script):
+    """It would make labelled images of unlabelled ones, in the midst of a training."""
+    def run(order):
+        (tmp_path / "order.pkl").write_bytes(pickle.dumps(order))
+        run_here(script, *bare[script], "--steps", 1, "--supervised", "--split", tmp_path / "order.pkl",
+                 "--out", tmp_path / "run")
+    run([*range(9)])
+    with pytest.raises(UserError, match="trained with other labelled images than those that --split lists"):
+        run([1, 2, 3, 4, 5, 0, 6, 7, 8])
 
 
 def test_other_images_or_classes_in_the_same_folder_are_told(tiny, tmp_path):

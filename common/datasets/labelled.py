@@ -16,7 +16,8 @@ PICKLES = (".pkl", ".pickle")  # endings of a permutation's file
 
 
 def choose_labelled(data, labeled, split_file, seed):
-    """-> (labelled, unlabelled): sorted indices into data.train, disjoint and together all of it.
+    """-> (labelled, unlabelled): sorted indices into data.train, disjoint and together all of it;
+    the first are kept as data.labelled.
 
     labeled: `all`; a count; or a fraction of the images that have a mask, rounded up (1/8 of 10582:
     1323). Drawn are the first of RandomState(seed).permutation.
@@ -48,7 +49,8 @@ def choose_labelled(data, labeled, split_file, seed):
         raise UserError(f"{source}: {len(bare)} of the {len(chosen)} images have no mask "
                         f"({few(bare)})")
     labelled = set(chosen)
-    return sorted(labelled), [i for i in range(len(train)) if i not in labelled]
+    data.labelled = sorted(labelled)
+    return data.labelled, [i for i in range(len(train)) if i not in labelled]
 
 
 def _count(labeled, total):

@@ -108,6 +108,7 @@ class SegmentationData:
     published: dict = field(default_factory=dict)  # {split: (number of images, fingerprint)}
     voc_train: frozenset = frozenset()  # voc: the keys of its own list train.txt
     one_size: bool = False              # have all scored images one size?
+    labelled: list[int] = field(default_factory=list)  # set by choose_labelled
 
 
 def check_classes(flag, ids, data):
