@@ -578,8 +578,8 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
     ctx.say(f"stage {stage}: {steps} steps" + (f", resumed at {step}" if step else ""))
     initial = math.prod(alpha(k, steps, cfg.ema) for k in range(steps))  # weights in the teacher
     if teacher is not None and initial > 0.1:
-        ctx.say(f"note: {100 * initial:.0f} % of the teacher will still be its initial "
-                       f"weights after {steps} steps: give a smaller --ema, or more --steps")
+        ctx.say(f"note: {100 * initial:.0f} % of the teacher will still be its initial weights "
+                f"after {steps} steps: give a smaller --ema, or more --steps")
 
     net.train()
     while step < steps:
