@@ -3,8 +3,8 @@ Class-balancing (Zhou, Xu, Zhang, Gao, Heng; ICCV 2021)
 
 A student is trained with an EMA teacher. The teacher sees weakly augmented unlabelled crops, the
 student CutMix mixtures of labelled (weak) and unlabelled (strong) crops; its outputs are un-mixed.
-DCRS keeps the pixels of which the teacher is sure, by a moving threshold per class. There both must
-agree, and InfoNCE on pixel embeddings pulls classes apart. Only DeepLabv2 is used at inference.
+DCRS keeps pixels of which the teacher is sure, by a moving threshold per class; there the student
+must match it. InfoNCE on pixel embeddings pulls classes apart. Only DeepLabv2 is used at inference.
 
 Map (paper -> this file)
   Eq. 1 L_sup                   cross_entropy           Sec. 3.2, 4.1 A, A^     Augment, photometry
@@ -15,17 +15,17 @@ Map (paper -> this file)
   Eq. 7 L_total                 train                   Sec. 3.1 teacher, alpha update_teacher
   Table 3 --lambda-1, --contrast; 4 --contrast, --sampling; 5 --student-aug; 6 --mix; 7 --dcrs
 
-Deviations: what the paper says, what the authors' code does (--released), and we do, and why
-  D1  The paper's ASPP has four rates. The code returns after its first sum, so that only 6 and 12
-      work; here too, as its numbers belong to them: --aspp-rates 6,12,18,24.
+Deviations: what the paper says, what the authors' code does (--released), what we do, and why
+  D1  The paper's ASPP has four rates. The code returns too early and uses only 6 and 12. So do
+      we, as its results belong to these two: --aspp-rates 6,12,18,24 is the paper's.
   D2  Eq. 2 sums over the classes. The code takes the mean, to which lambda_1 = 50 belongs, and so
       do we on its datasets and shapes; the other presets take the sum and 2.63 = 50 / 19.
   D3  Eq. 1 and 2 are means per image, the code's are per GPU. Here --groups stands for the GPUs:
-      means, CutMix pairs and contrast stay in one, and the number of processes changes nothing.
+      means, CutMix pairs and contrast stay within a group; the number of processes has no effect.
   D4  Added by the code and us: Eq. 5 times 1.5 (--contrast-scale 1), contrast in the burn-in
       (--no-contrast-burn-in), rises of lambda_2 (--contrast-ramp 0) and of the EMA's decay
       (--no-ema-warmup). Keys of labelled pixels are the teacher's in the paper (--keys teacher),
-      the student's here: constants beside unlabelled ones, else trained.
+      the student's here: detached when unlabelled images are contrasted too, else with gradient.
   D5  The code never contrasts class 0, the road; nor do we on its datasets: --skip-classes none.
       And it trains on the black corners that rotation makes in unlabelled crops; we do not.
   D6  The paper has one learning rate. The code's backbone has a tenth of it and three updates per
@@ -42,11 +42,11 @@ Deviations: what the paper says, what the authors' code does (--released), and w
 
 Commands
   python c3_semiseg.py                                        first run: shapes, on a CPU in minutes
-  python c3_semiseg.py --supervised                           its baseline; again: resumes
+  python c3_semiseg.py --supervised                           its baseline; run it again to resume
   python c3_semiseg.py --data cityscapes --labeled 100        the paper's Table 1
   torchrun --nproc_per_node=4 c3_semiseg.py --data cityscapes  the same on 4 GPUs, 4 + 4 images
   python c3_semiseg.py --evaluate runs/.../last.pt            score a checkpoint
-  python c3_semiseg.py --evaluate best_model.pth --data cityscapes   of the authors' code
+  python c3_semiseg.py --evaluate best_model.pth --data cityscapes   score the authors' checkpoint
   python c3_semiseg.py --predict runs/.../last.pt --images photos/   palette PNGs
 """
 import sys
@@ -94,7 +94,7 @@ class Config(BaseConfig):
     burn_in: float = option(0.09, "share of the steps before unlabelled images are used (D11)",
                             within=(0, 1), group="consistency", needs=SEMI)
     lambda_1: float = option(50.0, "final weight of L_consist", within=(0, 1e6), needs=SEMI)
-    consist_ramp: float = option(0.16, "its rise: share of the steps", within=(0, 1), needs=CONSIST)
+    consist_ramp: float = option(0.16, "its ramp: share of the steps", within=(0, 1), needs=CONSIST)
     divide_by_classes: bool = option(True, "mean over classes in Eq. 2 (D2)", needs=CONSIST)
     ema: float = option(0.99, "decay alpha of the teacher (Sec. 4.1)", within=(0, 1), needs=SEMI)
     ema_warmup: bool = option(True, "smaller decay in its first 25 steps (D4)", needs=SEMI)
@@ -107,7 +107,7 @@ class Config(BaseConfig):
     contrast: str = option("both", "images whose embeddings are contrasted (Table 4)",
                            ("both", "labelled", "unlabelled", "none"), group="contrast", needs=SEMI)
     lambda_2: float = option(0.1, "weight of L_contrast", within=(0, 1e6), needs=CONTRAST)
-    contrast_ramp: float = option(0.01, "its rise: share of steps", within=(0, 1), needs=CONTRAST)
+    contrast_ramp: float = option(0.01, "its ramp: share of steps", within=(0, 1), needs=CONTRAST)
     contrast_burn_in: bool = option(True, "contrast labelled images in the burn-in too (D4)",
                                     needs=LABELLED | dict(burn_in=ANY))
     contrast_scale: float = option(1.5, "factor of Eq. 5 (D4)", within=(0, 1e6), needs=CONTRAST)
@@ -189,7 +189,7 @@ class Segmenter(nn.Module):
         if scratch:
             for conv in self.net.head.branches:
                 conv.reset_parameters()
-        self.projection = nn.Sequential()  # drawn last: SEG starts alike without it
+        self.projection = nn.Sequential()  # made last: SEG's initial weights do not depend on it
         if cfg.contrast != "none":
             z = self.net.body.out_channels
             self.projection = nn.Sequential(nn.Conv2d(z, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1))
@@ -271,8 +271,8 @@ def boxes(count, size, rng):
 
 
 def pairing(mode, groups, n, rng):
-    """[2 groups n] indices into the labelled images, n in a group, then the unlabelled ones: place
-    i is mixed with i + groups n. cross: a group's are permuted; intra: each kind meets its own."""
+    """Order [2 groups n] of a batch of groups * n labelled, then as many unlabelled images: place i
+    is mixed with place i + groups * n. cross: any two of a group; intra: two of the same kind."""
     labelled = torch.arange(groups * n, device=rng.device).view(groups, n)
     images = torch.cat([labelled, labelled + groups * n], 1)  # [groups, 2n]
     if mode == "cross":
@@ -322,8 +322,8 @@ def consistency(logits, q, keep, groups=1, divide_by_classes=True):
 def class_thresholds(confidence, classes, old, s, beta):
     """Eq. 6: delta^_c <- beta delta^_c + (1 - beta) delta_c, for the classes that are there -> [C]
 
-    delta_c: of the confidences of class c's n_c pixels, from the largest down, number floor(n_c s),
-    counted from 0. confidence, classes [N], 255 is no class; old [C].
+    delta_c: sort the confidences of class c's n_c pixels in descending order and take the one at
+    index floor(n_c s). confidence, classes [N], 255 is no class; old [C].
     """
     confidence, order = confidence.sort(descending=True)
     classes, order = classes[order].sort(stable=True)  # by class; within it still from the largest
@@ -486,7 +486,7 @@ def evaluate(net, others, data, cfg, ctx):
 def train(cfg):
     """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU, 0..1"""
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # what `auto` came to must not change when a run is resumed
+    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or labelled  # all are labelled: consistency on all of them
@@ -538,7 +538,7 @@ def train(cfg):
                 logits_l, f_l = wrapped(x_l)
             loss_consist = 0.0
             terms = {}
-            kinds = dict(labelled=(f_l, f_l, y_l, logits_l))  # anchors and keys learn
+            kinds = dict(labelled=(f_l, f_l, y_l, logits_l))  # keys have a gradient, too
         else:
             update_teacher(teacher, student, step - burn_in + 1, cfg)
             with torch.no_grad(), ctx.autocast():
@@ -553,7 +553,7 @@ def train(cfg):
             x_mix = swap(torch.cat([x_l, x_s])[order], box)  # Eq. 4
             with ctx.autocast():
                 logits, f = wrapped(x_mix.contiguous(memory_format=torch.channels_last))
-            back = order.argsort()  # un-mixed, all is again at its place
+            back = order.argsort()  # the inverse of this order
             logits_l, logits_u = swap(logits, box)[back].chunk(2)
             f_l, f_u = swap(f, box)[back].chunk(2)
             loss_consist = consistency(logits_u, q, keep, groups, cfg.divide_by_classes)  # Eq. 2
@@ -617,7 +617,7 @@ def contrast(kinds, step, groups, cfg, ctx):
     """
     chosen = [kinds[name] for name in kinds if cfg.contrast in ("both", name)]
     if not chosen or (len(kinds) == 1 and not cfg.contrast_burn_in):
-        return 0 * kinds["labelled"][0].float().sum()  # processes wait for PROJ's gradient
+        return 0 * kinds["labelled"][0].float().sum()  # 0, but DDP needs a gradient of PROJ
     rng = ctx.random(cfg.seed, "views", step)
     samples = []
     for f, keys, classes, logits in chosen:

@@ -25,7 +25,7 @@ Map (paper -> this file)
   Eq. 17 eta(t)              eta                   App. F multi-scale        predict
   App. C Algorithm 1         train                 Table 12                  Config, PRESETS
 
-Deviations: what the paper says, what the authors' code does (--released), and we do, and why
+Deviations: what the paper says, what the authors' code does (--released), what we do, and why
   D1  Eq. 7 to 9 sum over the classes. The code takes their mean, for which lambda_u = 30 was
       chosen, and so do we.
   D2  The code's JS has both divergences reversed and is unbounded; ours is Eq. 9. With --confidence
@@ -56,34 +56,34 @@ Deviations: what the paper says, what the authors' code does (--released), and w
       padded on its own; the code pads once and squeezes.
   D13 The authors' ResNet begins with three 3x3 convolutions; ours has the stem that its --weights
       have: those of torchvision have one of 7x7, torchcv's 3x3resnet50-imagenet.pth three.
-  D14 The ICNR head hardly trains from scratch (--weights none). There, its sub-pixel convolutions
-      start as the identity, lifted over the ReLUs by a bias, and the backbone has the learning rate
-      of the heads. z has 512 channels with ResNet-50, 128 with the ResNet-18 of shapes.
+  D14 The ICNR head hardly trains from scratch. So with --weights none its sub-pixel convolutions
+      start as the identity, with a bias that keeps the ReLUs active, and the backbone has the
+      heads' learning rate. z has 512 channels with ResNet-50, 128 with the ResNet-18 of shapes.
   D15 On several GPUs the code has BN statistics per GPU; here BN, losses and draws are those of one
       batch.
   D16 Mean Teacher and VAT are not in the code, and the paper gives no constants: the teacher is in
       eval mode and decays by --ema, VAT has I-VAT's constants.
-  D17 Domains: the paper leaves open the batch, the steps and what a step holds. Here each step is
-      one domain's, and an epoch is one of the domain with the most images. The decoders of the
-      others stay as they are: no weight decay, no momentum. BN and the ramps are shared.
+  D17 Domains: the paper leaves open the batch, the steps and what a step holds. Here the domains
+      take turns, a step each; an epoch is one pass over the one with the most unlabelled images. A
+      step leaves the other domains' decoders as they are. BN and the ramps are shared.
   D18 Eq. 11 prints 1 - log g_d for log(1 - g_d). g_d has two channels in Table 8, so L_adv is a
       cross-entropy here, over labelled and unlabelled images. g_d descends L_adv itself, h gets
       -lambda_adv times its gradient, from the first step on; leaky ReLUs have the slope 0.2.
   D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a network of
       its own (give its weak/last.pt to --weights to begin with it). Its layer4 is dilated here.
       As in the code, the CRF refines the labels of each threshold, and the results are then
-      combined; in the paper it refines the combined labels. SGD is without momentum, as the
-      code's is, whose argument is in the wrong place.
+      combined; in the paper it refines the combined labels. SGD has no momentum, as in
+      the code, which passes the weight decay in its place.
 
 Commands
   python cct.py                                               first run: shapes, on a CPU in minutes
-  python cct.py --supervised                                  its baseline; again: resumes
+  python cct.py --supervised                                  its baseline; run it again to resume
   python cct.py --data voc --download --labeled 1464          the paper's Table 1
   python cct.py --data voc --labeled 1464 --weak              with 9k image-level labels
   python cct.py --data cityscapes+camvid --labeled 50         Table 2: two domains
   torchrun --nproc_per_node=2 cct.py --data voc               on 2 GPUs, 5 + 5 images each
   python cct.py --evaluate runs/.../last.pt --multi-scale     score a checkpoint
-  python cct.py --evaluate best_model.pth --data voc          score one of the authors' code
+  python cct.py --evaluate best_model.pth --data voc          score the authors' checkpoint
   python cct.py --predict runs/.../last.pt --images photos/   palette PNGs
 """
 import math
@@ -376,7 +376,7 @@ class Auxiliary(nn.Module):
 
 
 class Discriminator(nn.Sequential):
-    """g_d (Table 8): from which of the domains is a cell of z? [B, 512, h, w] -> [B, 2, h, w]"""
+    """g_d (Table 8): which domain is each cell of z from? [B, 512, h, w] -> [B, domains, h, w]"""
 
     def __init__(self, in_channels, num_domains):
         layers = []
@@ -568,8 +568,8 @@ class Augment:
 
 
 def classifier_settings(cfg):
-    """Settings of Augment for the classifier of tags (Sec. 3.3): of photographs, as in the code,
-    the longer side is 320 to 640, 0.8 to 1.6 times --long-side, and crops have 1.6 times 320."""
+    """Settings of Augment for the classifier of tags (Sec. 3.3). With --long-side and --crop, as in
+    the code: a longer side of 0.8 to 1.6 times --long-side, and crops of 1.6 times --crop."""
     if not (cfg.long_side and cfg.crop):
         return cfg
     crop = tuple(round(1.6 * side) for side in cfg.crop)
@@ -645,8 +645,8 @@ def train(cfg, settings):
     """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU, 0..1
     settings: {name: Config} of the domains, which take turns (Sec. 3.4)"""
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # what `auto` came to must not change when a run is resumed
-    ctx.share(cfg.batch)  # told now, not after the classifier of --weak
+    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
+    ctx.share(cfg.batch)  # a wrong --batch is an error now, not after the classifier of --weak
     domains = [Domain(number, *item) for number, item in enumerate(settings.items())]
     for domain in domains:
         domain.choose_labelled()
@@ -687,7 +687,7 @@ def train(cfg, settings):
             x_l, y_l = next(domain.batches_l)
             x_u = next(domain.batches_u) if method else None
         x_u, y_w = x_u if cfg.weak else (x_u, None)
-        optimizer.zero_grad()  # to None: what an idle domain owns does not move, nor decay
+        optimizer.zero_grad()  # .grad = None: decoders of idle domains neither move nor decay
         if method == "vat":
             rng = ctx.random(cfg.seed, "vat", step)
             x_u, p = input_vat(net, x_u, rng, cfg.vat_xi, cfg.vat_eps, domain=domain.number)
@@ -738,8 +738,8 @@ def train(cfg, settings):
 
 
 def prepare(domains, folder, ctx):
-    """Of each domain, before the training: its settings in the checkpoints, pseudo-labels (Sec.
-    3.3), images decoded once"""
+    """Before the training, for each domain: note its settings for the checkpoints, make its
+    pseudo-labels (Sec. 3.3), and open the cache of its images"""
     for domain, about in zip(domains, folder.about["domains"]):
         cfg = domain.cfg
         about["own"] = {name: getattr(cfg, name) for name in (*PRESET_OF_EACH, *GIVEN_FOR_EACH)}
@@ -774,8 +774,8 @@ def make_optimizer(net, heads, cfg):
 
 
 def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
-    """The gradients of w_u L_u, w_w L_w and the pairwise loss: into the auxiliary decoders, one at
-    a time, so that memory does not grow with K. -> (that of z_u, the losses)
+    """The backward pass of w_u L_u, w_w L_w and the pairwise loss, one auxiliary decoder at a time,
+    so that memory does not grow with K. -> (the gradient at z_u, the losses)
 
     main: g. z_u [B, 512, h, w] = h(x_u). y_w: pseudo-labels of x_u, or None."""
     names = auxiliary.names
@@ -784,8 +784,8 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
     z = z_u.detach().float().requires_grad_()
     p, guides = main_prediction(main, auxiliary, z_u, ctx)
     keep = p.amax(1) > cfg.confidence  # App. B.2
-    kept = len(names) * ctx.count(keep)  # the mean over pixels, and that over decoders (Eq. 2)
-    labelled = len(names) * ctx.count(y_w != T.IGNORE) if cfg.weak else None
+    kept = len(names) * ctx.count(keep)  # divisor of the mean over pixels and decoders (Eq. 2)
+    pseudo_labelled = len(names) * ctx.count(y_w != T.IGNORE) if cfg.weak else None
     paired, mean_q = pairwise_mean(auxiliary, z, guides, step, cfg, ctx)
     losses = dict(loss_u=0.0, w_u=w_u)
     losses |= dict(loss_w=0.0, w_w=w_w) if cfg.weak else {}
@@ -796,7 +796,7 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
         losses["loss_u"] += loss_k.detach()
         total_k = w_u * loss_k
         if cfg.weak:
-            loss_w_k = cross_entropy(crop(logits_k, x_u), y_w, labelled)  # Eq. 6
+            loss_w_k = cross_entropy(crop(logits_k, x_u), y_w, pseudo_labelled)  # Eq. 6
             losses["loss_w"] += loss_w_k.detach()
             total_k = total_k + w_w * loss_w_k
         if k in paired:

@@ -18,7 +18,7 @@ Map (paper -> this file)
   Fig. 11 scores of D    log.csv's columns d_*    Table 6 standard GAN      adversarial
   Fig. 12 ROC            evaluate_classifier      Table 7 image labels      --weak, --tags
 
-Deviations: what the paper says, what the authors' code does (--released), and we do, and why
+Deviations: what the paper says, what the authors' code does (--released), what we do, and why
   D1  The code uses two of DeepLabv2's four branches, because it returns inside the loop over them;
       here all four: --aspp-rates 6,12 is the code's.
   D2  The code lists the ResNet's parameters three times, which triples their learning rate: try
@@ -31,33 +31,33 @@ Deviations: what the paper says, what the authors' code does (--released), and w
   D4  VOC is scaled by 0.5 to 1.6 and flipped, as in the paper; by default not so in the code.
       PASCAL-Context is scaled by 0.7 to 2.7, about the code's range (the paper: as VOC), without
       its blur. Padding is background there in the code, ignored here: --pad-label 0.
-  D5  Eq. 1 and 3 are sums; the code and we take means, of Eq. 3 over the images that pass: those of
-      D >= gamma in the paper and here, > in the code.
+  D5  Eq. 1 and 3 are sums; the code and we take means, in Eq. 3 over the images that pass. An image
+      passes if D >= gamma in the paper and here, if D > gamma in the code.
   D6  D has dropout after all four convolutions in the paper; the code and we drop channels after
       three: --d-dropout elementwise is the paper's. The pooling adapts.
-  D7  D's images are scaled to 0..1 over the batch, those of true maps in the code by another
-      batch's span. Only true maps are 0 where a pixel is ignored, as in the code.
+  D7  The images that D sees are scaled to 0..1 over their batch; the code scales those of true maps
+      by the range of another batch. As in the code, only true maps are 0 at ignored pixels.
   D8  Eq. 2 leaves the norm open, Eq. 5 the factor: L1 with a mean, and 1/2, as in the code.
-  D9  As in the code, the gate's score comes before D's update, with dropout (without: --gate-eval),
-      and does not count in step 0.
+  D9  As in the code, D's score that selects images for L_st is computed before D's update, with
+      dropout (without: --gate-eval), and in step 0 no image is selected.
   D10 Eq. 6 prints a softmax cross-entropy, which allows one class per image: sigmoids, as in the
       code. L_cons is the paper's; the code's is --cons cosine --cons-on unlabelled. Its ramp, the
       optimiser and the views of branch B are the code's; the paper gives none.
   D11 The teacher (decay min(1 - 1/(t+1), 0.999), BN statistics of its own, used at test time) is
       the code's, but starts as a copy of the student.
-  D12 The code fuses logits, of which a removed class's 0 beats negative ones, and gates the
-      background too. Here probabilities are fused, and the background is never removed.
+  D12 The code fuses logits: a removed class gets 0, which beats negative logits; and the background
+      can be removed. Here probabilities are fused, and the background is never removed.
   D13 The standard GAN of Table 6 is not in the code: -log D on unlabelled images. Its DeepLabv3+
       does not run: here a ResNet of stride 16. On several GPUs all is as with one global batch.
 
 Commands
   python s4gan_mlmt.py                                    first run: shapes, on a CPU in minutes
-  python s4gan_mlmt.py --supervised                       its baseline; again: resumes
+  python s4gan_mlmt.py --supervised                       its baseline; run it again to resume
   python s4gan_mlmt.py --data voc --labeled 1/8           Table 1: s4GAN, MLMT, their fusion
   torchrun --nproc_per_node=2 s4gan_mlmt.py --data voc    the same on 2 GPUs, 4 + 4 images each
   python s4gan_mlmt.py --evaluate runs/.../last.pt --classifier runs/.../mlmt/last.pt
   python s4gan_mlmt.py --evaluate runs/.../mlmt/last.pt   AUC and roc.png of a classifier (Fig. 12)
-  python s4gan_mlmt.py --evaluate VOC_30000.pth --data voc      of the authors' code
+  python s4gan_mlmt.py --evaluate VOC_30000.pth --data voc      score the authors' checkpoint
   python s4gan_mlmt.py --predict runs/.../last.pt --images photos/                    palette PNGs
 """
 import math
@@ -125,7 +125,7 @@ class Config(BaseConfig):
     lambda_st: float = option(1.0, "weight of self-training (Eq. 4)", within=(0, 1e6), needs=GAN)
     lambda_adv: float = option(0.0, "weight of -log D (Table 6: 0.01)", within=(0, 1e6), needs=GAN)
     gamma: float = option(0.6, "lowest score of D to train on (Eq. 3)", within=(0, 1), needs=ST)
-    gate_eval: bool = option(False, "compute that score without D's dropout (D9)", needs=ST)
+    gate_eval: bool = option(False, "compute D's score for --gamma without dropout (D9)", needs=ST)
     d_dropout: str = option("spatial", "D's dropout: of channels, or of single values (D6)",
                             ("spatial", "elementwise"), needs=GAN)
     d_width: int = option(64, "channels of D's first convolution", within=(1, 4096), needs=GAN)
@@ -169,7 +169,7 @@ class Config(BaseConfig):
     lr: float = option(2.5e-4, "learning rate of S (Sec. 4.1.3)", within=(0, 1000), needs=A)
     backbone_lr_mult: float = option(1.0, "learning rate of S's ResNet, times --lr (D2)",
                                      within=(0, 1000), needs=A)
-    head_lr_mult: float | None = option(None, "that of its last layers [10; 1 from scratch]",
+    head_lr_mult: float | None = option(None, "times --lr for S's last layers [10; 1 from scratch]",
                                         within=(0, 1000), needs=A)
     weight_decay: float = option(5e-4, "weight decay of S (Sec. 4.1.3)", within=(0, 1000), needs=A)
 
@@ -542,14 +542,14 @@ def count_heuristics(net, data, cfg, ctx):
 def train(cfg):
     """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU (B: AUC), 0..1"""
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # what `auto` came to must not change when a run is resumed
+    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or labelled  # all are labelled: every stream has all of them
     check_classes("background", cfg.background, data)
     needed = None if cfg.weak else labelled
-    tagged = Tagged(data, labelled, cfg.tags, cfg.background, needed)  # before branch A, not after
-    if cfg.branch == "both" and not cfg.supervised:  # told now, not after branch A
+    tagged = Tagged(data, labelled, cfg.tags, cfg.background, needed)  # errors come before branch A
+    if cfg.branch == "both" and not cfg.supervised:  # errors come now, not after branch A
         ctx.share(cfg.mlmt_batch, "--mlmt-batch")
         ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u")
     begun = (Path(cfg.out) / "mlmt/last.pt").exists()

@@ -17,7 +17,7 @@ Map (paper -> this file)
   Table V CR, T2, SA, N2      --lambda-con 0, --lambda-pl 0, --no-strong, --branch-stage3 ghat
   Table VI EMA                --ema 0                Fig. 3; Fig. 4, 5         --lambda-con; stage*/
 
-Deviations: what the paper says, what the authors' code does (--released), and we do, and why
+Deviations: what the paper says, what the authors' code does (--released), what we do, and why
   D1  The paper gives L u U one image of a minibatch and L the others. In the code it is the other
       way round, as here: else there would be almost no consistency.
   D2  The paper leaves open whether L_con's target is hard. The code and we take the teacher's
@@ -26,16 +26,16 @@ Deviations: what the paper says, what the authors' code does (--released), and w
       the EMA teacher after the last step (in Stage 1 the student), as here. Both are logged.
   D4  The paper gives no EMA decay. The code's is 0.99, then 0.995, 0.9975 and 0.999 from 20k, 40k
       and 50k of 60k steps on; ours changes at the same shares of --steps.
-  D5  The paper's learning rate is 3e-5. The code's backbone has a tenth of it, but repeated updates
-      of its parameters make that .1 (conv1), .3 and .4 (shortcuts), as here: --lr-groups.
+  D5  The paper's learning rate is 3e-5. The code's backbone has a tenth of it, but updates its
+      shortcuts 4 and most layers 3 times a step. Here: .1 (conv1), .3, .4 (shortcuts), --lr-groups.
   D6  Every stage of the paper has 60k steps. The code's Stage 1 has 20k (Cityscapes, of 4 images)
       or 10k (VOC), and so has ours, of --batch images; --stage1-share 1 is the paper's.
   D7  The paper's ASPP has four rates, and ours; the code adds up the first two only, by mistake:
       --aspp-rates 6,12. The code's g has C + 1 outputs, the paper's and ours C.
-  D8  RandAugment and Cutout are only cited. Ours are the code's, but on RGB (not on the min-max
-      range of the normalised crop), their fill stays grey, and one map moves image and masks.
-  D9  Both losses ignore what A moves in; L_pl also ignores padding and Cityscapes' car itself: in
-      the code a drawn mask, here what is void in every labelled mask. Cutouts are not ignored.
+  D8  The paper only cites RandAugment and Cutout. Ours are the code's, but they work on RGB (not on
+      the normalised crop), always fill with grey, and move an image and its masks by one map.
+  D9  Both losses ignore what A moves in from outside; L_pl also padding and Cityscapes' ego vehicle
+      (the code: a fixed mask; here: void in every labelled mask). Cutouts are not ignored.
   D10 From scratch (--weights none) frozen BN and N(0, 0.01) cannot train: BN learns (--bn), also in
       the teacher, conv6 starts as torchvision's ResNets do, and all layers have one learning rate.
   D11 The stride of conv3 is on the first 1x1 convolution, as in the code, although torchvision's
@@ -46,11 +46,11 @@ Deviations: what the paper says, what the authors' code does (--released), and w
 
 Commands
   python three_stage.py                                       first run: shapes, on a CPU in minutes
-  python three_stage.py --supervised                          its baseline; again: resumes
+  python three_stage.py --supervised                          its baseline; run it again to resume
   python three_stage.py --data voc --download --labeled 1/50  the paper's Table III, 212 labels
   torchrun --nproc_per_node=2 three_stage.py --data voc       the same on 2 GPUs, 5 images each
   python three_stage.py --evaluate runs/.../last.pt           score a checkpoint
-  python three_stage.py --evaluate model_best.pth --data cityscapes             of the authors' code
+  python three_stage.py --evaluate model_best.pth --data cityscapes     score the authors' checkpoint
   python three_stage.py --predict runs/.../last.pt --images photos/                     palette PNGs
 """
 import math
@@ -109,7 +109,7 @@ class Config(BaseConfig):
                          within=(1, 100), group="self-training", needs=SEMI, free=True)
     stage1_share: float = option(1.0, "length of Stage 1 as a share of --steps (D6)",
                                  within=(0.001, 100), needs=dict(masks=""))
-    masks: str = option("", "folder of pseudo-masks: train stage --stages alone, with them",
+    masks: str = option("", "train only the last of --stages, on the pseudo-masks of this folder",
                         needs=SEMI | dict(stages=tuple(range(2, 101))))
     lambda_con: float | None = option(None, "lambda_1, weight of L_con [Sec. IV-B, else 1/2]",
                                       within=(0, 1e6), needs=SEMI)
@@ -142,10 +142,10 @@ class Config(BaseConfig):
 
     batch: int = option(10, "images per step over all processes, labelled ones included",
                         within=(1, 100000), group="optimisation", scoring=True)
-    batch_l: int | None = option(None, "labelled ones from Stage 2 on [Sec. IV-B, else 1]",
+    batch_l: int | None = option(None, "labelled images in a batch, Stage 2 on [Sec. IV-B, else 1]",
                                  within=(1, 100000), needs=SEMI)
     lr: float = option(3e-5, "learning rate of the new layers, constant (Adam)", within=(0, 1000))
-    lr_groups: str | None = option(None, "the backbone's (D5) [released; literal from scratch]",
+    lr_groups: str | None = option(None, "lr of the backbone (D5) [released; literal from scratch]",
                                    tuple(LR_GROUPS))
 
 
@@ -364,8 +364,8 @@ def weak(image, maps, rng, scale=(1, 1), crop=None, shift=0, flip=True):
 
 
 class Minibatches(Dataset):
-    """Position p is image p mod n of minibatch p div n. Its first `batch_l` images are labelled (in
-    Stage 1 all), the others are drawn from all training images: two independent, endless streams.
+    """Position p is image p mod n of minibatch p div n, n = --batch. Its first `batch_l` images are
+    labelled (in Stage 1 all), the others come from all training images: two independent streams.
 
     A sample is (x weak, x strong, I, y, pseudo-mask). Labelled: both views are the same and I is
     the identity. Others: y is 255, because their masks stay closed. masks: a folder, or None: 255.
@@ -494,7 +494,7 @@ def train(cfg):
     finished.pt: it is then never repeated. Stages are connected by the masks alone.
     """
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # what `auto` came to must not change when a run is resumed
+    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     balance(cfg, len(labelled))
@@ -576,7 +576,7 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
     minibatches = Minibatches(data, labelled, batch_l, masks, stage, cfg)
     batches = endless(minibatches, share, step, cfg.workers, ctx)
     ctx.say(f"stage {stage}: {steps} steps" + (f", resumed at {step}" if step else ""))
-    initial = math.prod(alpha(k, steps, cfg.ema) for k in range(steps))  # weights in the teacher
+    initial = math.prod(alpha(k, steps, cfg.ema) for k in range(steps))  # share left at the end
     if teacher is not None and initial > 0.1:
         ctx.say(f"note: {100 * initial:.0f} % of the teacher will still be its initial weights "
                 f"after {steps} steps: give a smaller --ema, or more --steps")

@@ -123,8 +123,8 @@ class RunFolder:
         self.write("last.pt", step, best=self.best, best_step=self.best_step, **states)
 
     def write(self, name, step, **state):
-        """Write a checkpoint, unless a loss is not finite, or a weight, which a loss tells one step
-        later only: that ends the run with a UserError."""
+        """Write a checkpoint. A loss or a weight that is not finite ends the run with a UserError
+        instead; weights are checked too, as the loss shows them only one step later."""
         self.log.flush()
         weights = self.parts["net"].state_dict().values()
         if not torch.stack([weight.isfinite().all() for weight in weights]).all():

@@ -8,6 +8,7 @@ from PIL import Image, ImageColor
 
 from common import pictures
 from common.pictures import VOID, colour, line_plot, prediction_panel, save_mask
+from common.schedules import RAMPS, draw_ramps
 
 PALETTE = np.array([(0, 0, 0), (200, 10, 20), (30, 40, 250)], np.uint8)
 
@@ -56,3 +57,10 @@ def test_a_value_is_drawn_at_its_place_and_one_that_is_not_finite_nowhere(tmp_pa
     assert {*columns * 10 // 720} == {0, 1, 2, 3, 4, 5, 7, 8, 9}  # around the points 5 and 8
     rows, columns = np.nonzero((axes == ImageColor.getrgb(pictures.SERIES[1])).all(2))
     assert abs(columns.mean() - 0.2 * 720) < 2 and abs(rows.mean() - 0.25 * 240) < 2
+
+
+def test_every_ramp_is_drawn(tmp_path):
+    draw_ramps(tmp_path / "ramps.png")
+    axes = Image.open(tmp_path / "ramps.png").crop((80, pictures.LINE, 800, pictures.LINE + 240))
+    drawn = {rgb for _, rgb in axes.getcolors()}
+    assert {ImageColor.getrgb(name) for name in pictures.SERIES[:len(RAMPS)]} <= drawn

@@ -80,6 +80,7 @@ def test_deaths_in_each_phase_of_weak_labels_then_resume_is_bit_equal(tiny, tmp_
     are written; in the training with them by a signal, to which it listens again"""
     arguments = [*tiny["cct"], "--weak", "--tags", f"{root_of(tiny['cct'])}/tags.txt", "--weak-epochs", 5]
     run_here("cct", *arguments, "--out", tmp_path / "whole")
+    assert min(Image.open(tmp_path / "whole/weak/pseudo.png").size) > 200
     folder = tmp_path / "run"
     fixtures.save_gray(folder / "weak/pseudo/unlabeled/new0.png", np.ones((5, 6)))
     for number, reached in ((signal.SIGKILL, lambda: steps_done(folder) > 3),
