@@ -16,8 +16,8 @@ Map (paper -> this file)
   Table 3 --lambda-1, --contrast; 4 --contrast, --sampling; 5 --student-aug; 6 --mix; 7 --dcrs
 
 Deviations: what the paper says, what the authors' code does (--released), what we do, and why
-  D1  The paper's ASPP has four rates. The code returns too early and uses only 6 and 12. So do
-      we, as its results belong to these two: --aspp-rates 6,12,18,24 is the paper's.
+  D1  DeepLabv2's ASPP has four rates. The code returns too early and uses only 6 and 12. So do
+      we, as its results belong to these two: --aspp-rates 6,12,18,24 takes all.
   D2  Eq. 2 sums over the classes. The code takes the mean, to which lambda_1 = 50 belongs, and so
       do we on its datasets and shapes; the other presets take the sum and 2.63 = 50 / 19.
   D3  Eq. 1 and 2 are means per image, the code's are per GPU. Here --groups stands for the GPUs:
@@ -29,16 +29,16 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D5  The code never contrasts class 0, the road; nor do we on its datasets: --skip-classes none.
       And it trains on the black corners that rotation makes in unlabelled crops; we do not.
   D6  The paper has one learning rate. The code's backbone has a tenth of it and three updates per
-      step; ours has 0.3 of it and one update.
-  D7  D_U is train without D_L in the paper and here, another in the code for BDD100K and most
-      seeds. BDD100K's strong view is that of Cityscapes; the code's is jitter alone.
+      step (conv1 one, shortcuts four); ours has 0.3 of it and one update.
+  D7  D_U is train without D_L in the paper and here, another in the code for BDD100K and the seeds
+      but 12345. On BDD100K the code's D_U has neither RandAugment nor rescaling; ours has both.
   D8  The code's numbers are the student's best epoch; ours are the student's after the last step.
   D9  From scratch (--weights none) frozen BN and heads of N(0, 0.01) do not train. BN learns there,
       the teacher averages its statistics, and heads have PyTorch's initialisation.
   D10 The other half of the anchors is random in the paper, predicted correctly in the code and
       here. A class with no more than --views cells in an image has none.
   D11 Ten epochs of burn-in are 9 x 250 steps in the code, and that share here. From the code are
-      also the start of the thresholds, the boxes' area, colour jitter and RandAugment.
+      also where lambda_1's t begins, the first thresholds, the boxes' area, jitter, RandAugment.
 
 Commands
   python c3_semiseg.py                                        first run: shapes, on a CPU in minutes

@@ -313,7 +313,7 @@ class Decoder(nn.Module):
 def init_subpixel_(conv, init):
     """ICNR: the four sub-pixels of a class start with one weight row, as nearest upsampling.
 
-    icnr (paper): a Kaiming-normal C x C matrix, biases as PyTorch draws them. identity: no bias and
+    icnr (code): a Kaiming-normal C x C matrix, biases as PyTorch draws them. identity: no bias and
     the identity matrix: the decoder starts as nearest upsampling of the first layer's logits.
     """
     c = conv.in_channels
@@ -530,7 +530,7 @@ def pairwise(logits, mean_q):
 
 
 def domain_loss(logits, domain):
-    """Eq. 11: L_adv of one domain's images, cross-entropy of g_d in every cell (D17) -> scalar
+    """Eq. 11: L_adv of one domain's images, cross-entropy of g_d in every cell (D18) -> scalar
     logits [B, domains, h, w]; domain: the true one, a number from 0"""
     return -logits.float().log_softmax(1)[:, domain].mean()
 

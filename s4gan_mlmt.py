@@ -21,16 +21,16 @@ Map (paper -> this file)
 Deviations: what the paper says, what the authors' code does (--released), what we do, and why
   D1  The code uses two of DeepLabv2's four branches, because it returns inside the loop over them;
       here all four: --aspp-rates 6,12 is the code's.
-  D2  The code lists the ResNet's parameters three times, which triples their learning rate: try
-      --backbone-lr-mult 3 first. The last layers have ten times the paper's, as in the code.
+  D2  The code lists the ResNet's convolutions three times (conv1 once, shortcuts four), which
+      triples their rate: try --backbone-lr-mult 3. As in it, the last layers have ten times --lr.
   D3  BN of S works on batch statistics with fixed weights, as in the code; from scratch (--weights
       none) the weights learn. The scale of the input cancels in it, so all data are normalised for
       torchvision's weights, where the code has 0..255 (VOC) and BGR (Cityscapes), --input-scale. A
       bottleneck has its stride on the 1x1 convolution, as in the code; torchvision's weights:
-      --stride-on 3x3.
-  D4  VOC is scaled by 0.5 to 1.6 and flipped, as in the paper; by default not so in the code.
-      PASCAL-Context is scaled by 0.7 to 2.7, about the code's range (the paper: as VOC), without
-      its blur. Padding is background there in the code, ignored here: --pad-label 0.
+      --stride-on 3x3. Of COCO weights the code restores the classifier too, we the ResNet alone.
+  D4  VOC is flipped and scaled by 0.5 to 1.6 (the code's range, off by default). As in the code,
+      PASCAL-Context is scaled by about 0.7 to 2.7, but not blurred, and scored on the central
+      512x512. Its padding is background in the code, ignored here: --pad-label 0.
   D5  Eq. 1 and 3 are sums; the code and we take means, in Eq. 3 over the images that pass. An image
       passes if D >= gamma in the paper and here, if D > gamma in the code.
   D6  D has dropout after all four convolutions in the paper; the code and we drop channels after
@@ -39,7 +39,7 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       by the range of another batch. As in the code, only true maps are 0 at ignored pixels.
   D8  Eq. 2 leaves the norm open, Eq. 5 the factor: L1 with a mean, and 1/2, as in the code.
   D9  As in the code, D's score that selects images for L_st is computed before D's update, with
-      dropout (without: --gate-eval), and in step 0 no image is selected.
+      dropout (without: --gate-eval); in step 0 no image is selected. Its Cityscapes batch is 8.
   D10 Eq. 6 prints a softmax cross-entropy, which allows one class per image: sigmoids, as in the
       code. L_cons is the paper's; the code's is --cons cosine --cons-on unlabelled. Its ramp, the
       optimiser and the views of branch B are the code's; the paper gives none.
@@ -123,7 +123,7 @@ class Config(BaseConfig):
     lambda_fm: float = option(0.1, "weight of feature matching (Eq. 4)", within=(0, 1e6),
                               group="s4GAN: losses of S, discriminator D", needs=GAN)
     lambda_st: float = option(1.0, "weight of self-training (Eq. 4)", within=(0, 1e6), needs=GAN)
-    lambda_adv: float = option(0.0, "weight of -log D (Table 6: 0.01)", within=(0, 1e6), needs=GAN)
+    lambda_adv: float = option(0.0, "weight of -log D (of Table 6)", within=(0, 1e6), needs=GAN)
     gamma: float = option(0.6, "lowest score of D to train on (Eq. 3)", within=(0, 1), needs=ST)
     gate_eval: bool = option(False, "compute D's score for --gamma without dropout (D9)", needs=ST)
     d_dropout: str = option("spatial", "D's dropout: of channels, or of single values (D6)",
@@ -199,7 +199,7 @@ RELEASED_SETTINGS = {  # D1, D2, D10; D3, D4
     "all": dict(aspp_rates=(6, 12), backbone_lr_mult=3.0, cons="cosine", cons_on="unlabelled"),
     "voc": dict(steps=40000, scale=(1.0, 1.0), flip=False, input_scale="caffe"),
     "pcontext": dict(steps=60000, pad_label=0),
-    "cityscapes": dict(steps=40000, input_scale="bgr")}
+    "cityscapes": dict(steps=40000, batch=8, input_scale="bgr")}
 BODY = r"(conv1|bn1|layer\d)\."
 RELEASED = (  # files of the authors' code: S; a classifier
     dict(names={r"layer5\.conv2d_list\.([01])": r"net.head.branches.\1", "layer5": None,  # D1

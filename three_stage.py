@@ -23,7 +23,7 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D2  The paper leaves open whether L_con's target is hard. The code and we take the teacher's
       argmax, without threshold or ramp; --con-target soft takes its probabilities.
   D3  Algorithm 1 scores the student and writes the masks with it (--writer student). The code takes
-      the EMA teacher after the last step (in Stage 1 the student), as here. Both are logged.
+      the EMA teacher (Stage 1: the student), as here, but scores its best epoch. Both are logged.
   D4  The paper gives no EMA decay. The code's is 0.99, then 0.995, 0.9975 and 0.999 from 20k, 40k
       and 50k of 60k steps on; ours changes at the same shares of --steps.
   D5  The paper's learning rate is 3e-5. The code's backbone has a tenth of it, but updates its
@@ -40,7 +40,7 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       the teacher, conv6 starts as torchvision's ResNets do, and all layers have one learning rate.
   D11 The stride of conv3 is on the first 1x1 convolution, as in the code, although torchvision's
       weights were trained with it on the 3x3: --stride-on.
-  D12 The baseline (--supervised), which neither has, is Stage 1 with the steps of all stages.
+  D12 The baseline (--supervised) is Stage 1, which the code calls so, with the steps of all stages.
   D13 Labels are drawn by --seed; the authors' are the first of a stored permutation: --split. On
       VOC write 1/100, 1/50, 1/20 or 1/8: a bare count is drawn from VOC's own train list.
 
@@ -50,7 +50,7 @@ Commands
   python three_stage.py --data voc --download --labeled 1/50  the paper's Table III, 212 labels
   torchrun --nproc_per_node=2 three_stage.py --data voc       the same on 2 GPUs, 5 images each
   python three_stage.py --evaluate runs/.../last.pt           score a checkpoint
-  python three_stage.py --evaluate model_best.pth --data cityscapes     score the authors' checkpoint
+  python three_stage.py --evaluate model_best.pth --data cityscapes    score the authors' checkpoint
   python three_stage.py --predict runs/.../last.pt --images photos/                     palette PNGs
 """
 import math
@@ -118,7 +118,7 @@ class Config(BaseConfig):
     con_target: str = option("hard", "target of L_con (D2)", ("hard", "soft"), needs=SEMI)
     ema: float | None = option(None, "decay of the teacher [0.99 to 0.999, D4]; 0: none (Table VI)",
                                within=(0, 1), needs=SEMI)
-    branch_stage3: str = option("gtilde", "branch from Stage 3 on; ghat: Stage 2's (Table V, N2)",
+    branch_stage3: str = option("gtilde", "branch of Stage 3 on; ghat: Stage 2's (Table V, no N2)",
                                 ("gtilde", "ghat"), needs=SEMI | dict(stages=tuple(range(3, 101))))
     writer: str = option("teacher", "who is scored and writes masks; Algorithm 1: student (D3)",
                          ("teacher", "student"), needs=SEMI)
