@@ -116,7 +116,7 @@ class PSP(nn.Module):
     def forward(self, x):
         """[B, in, h, w] -> [B, max(in/4, 128), h, w]"""
         pooled = [F.interpolate(branch(x), x.shape[2:], mode="bilinear", align_corners=False)
-                  for branch in self.branches]
+                  .to(x.dtype) for branch in self.branches]  # autocast resizes in fp32
         return self.fuse(torch.cat([x, *pooled], 1))
 
 

@@ -50,7 +50,8 @@ class Runtime:
         self.dtype = DTYPES[precision]
         self.new_scaler()
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo")
+            dist.init_process_group("nccl" if cuda else "gloo",
+                                    device_id=self.device if cuda else None)
 
     def __str__(self):
         cuda = self.device.type == "cuda"
@@ -81,14 +82,16 @@ class Runtime:
         return module.to(self.device, memory_format=torch.channels_last)
 
     def wrap(self, module, compiled=False):
-        """DistributedDataParallel, or the module itself when it is alone; compiled in place."""
+        """For training: in DistributedDataParallel if there are several processes, and compiled. The
+        module itself stays as it is, for images of any size."""
         if compiled:
-            module.compile()
+            module = torch.compile(module)
         if self.world == 1:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
-        # synchronised BN keeps the buffers equal
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        module = DistributedDataParallel(module, device_ids=ids)
+        module.broadcast_buffers = False  # synchronised BN keeps them equal
+        return module
 
     def share(self, count, flag="--batch"):
         """This process's share of a global batch. Raises UserError if it cannot be split evenly."""

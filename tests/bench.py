@@ -175,15 +175,18 @@ def decoders(precision, channels=512, classes=21):
         coarse = (torch.rand(1, 1, 6, 6, device=ctx.device) > 0.6).float()
         objects = F.interpolate(coarse, (8 * height, 8 * width))[:, 0] > 0
         guides = objects, find_blobs(objects)
-        rows = {"main": lambda: main(z), "find_blobs": lambda: find_blobs(objects)[0]}
+
+        def clean(main=main, z=z):
+            with ctx.autocast():
+                return main(z)
+        rows = {"main": clean, "find_blobs": lambda: find_blobs(objects)[0]}
         for name in cct.PERTURBATIONS:
             cfg = cct.Config(k=1, perturbations=(name,), decoder_init="icnr")
             auxiliary = cct.Auxiliary(cfg, channels, classes).to(ctx.device)
             arguments = (0, auxiliary, z, guides, 0, cfg, ctx)
             rows[name] = lambda arguments=arguments: cct.auxiliary_logits(*arguments)
         for name, call in rows.items():
-            with ctx.autocast():
-                ms, megabytes = forward(call, ctx)
+            ms, megabytes = forward(call, ctx)
             print(f"| {name} | {height}x{width} | {megabytes:.0f} | {ms:.1f} |", flush=True)
 
 

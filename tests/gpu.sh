@@ -32,8 +32,8 @@ fi
 if [[ $parts == *" camvid "* ]]; then  # from scratch, at the papers' 360x480
     for script in cct three_stage c3_semiseg s4gan_mlmt; do
         for kind in "" "--supervised"; do
-            flags="--data camvid --root $camvid --labeled 100 --weights none --backbone resnet50 --workers 8 --steps 1500"
-            timeout 120 python $script.py $flags $kind --out "$out/$script$kind" | tail -n 14
+            flags="--data camvid --root $camvid --labeled 100 --weights none --backbone resnet50 --workers 8 --steps 800 --eval-every 400"
+            timeout 200 python $script.py $flags $kind --out "$out/$script$kind" | tail -n 14
         done
     done
     python -m common.summary "$out"/*
