@@ -8,7 +8,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP as PooledASPP
 
 from common.transforms import IMAGENET_MEAN, IMAGENET_STD
 
-INPUT_SCALES = {  # (pixels 0..255 less the mean of R, G, B) / divisor, in the order B, G, R?
+INPUT_SCALES = {  # mean, divisor, order is B, G, R?: input = (RGB of 0..255 - mean) / divisor
     "imagenet": None,  # as common.transforms.normalise
     "caffe": ((122.67891434, 116.66876762, 104.00698793), 1, False),
     "bgr": ((72.39239876, 82.90891754, 73.15835921), 255, True)}
@@ -18,12 +18,12 @@ class ResNet(nn.Module):
     """torchvision's ResNet without its classifier, strides of layer3 and layer4 made dilations.
 
     [B, 3, H, W] -> [B, out_channels, ceil(H/8), ceil(W/8)]. `layers` keeps the first 2, 3 or all 4
-    of layer1..4. The 3x3 convolutions' dilations are 1,2,2,.. and 2,4,4, as torchvision has them,
-    which offers them for bottlenecks only. stride 16: only layer4 is dilated. bn: see hold_bn.
+    of layer1..4. The 3x3 convolutions of layer3 have dilations 1, 2, 2, ..; layer4: 2, 4, 4; as in
+    torchvision (bottlenecks only). stride 16: layer4 alone, 1, 2, 2. bn: see hold_bn.
     stem: 7x7, or deep, see deepen. input_scale: see Rescale.
     """
 
-    def __init__(self, name="resnet50", layers=4, stride=8, bn="learn", stem="7x7",
+    def __init__(self, name, layers=4, stride=8, bn="learn", stem="7x7",
                  input_scale="imagenet"):
         super().__init__()
         net = getattr(torchvision.models, name)(weights=None)
@@ -102,14 +102,14 @@ class PSP(nn.Module):
     concatenated with the input and fused by a 3x3 convolution to in/4 channels, but at least 128.
     """
 
-    def __init__(self, in_channels, bins=(1, 2, 3, 6)):
+    def __init__(self, in_channels):
         super().__init__()
         branch = in_channels // 4
         self.out_channels = max(branch, 128)
         self.branches = nn.ModuleList(
             nn.Sequential(nn.AdaptiveAvgPool2d(b), nn.Conv2d(in_channels, branch, 1, bias=False),
-                          nn.BatchNorm2d(branch), nn.ReLU()) for b in bins)
-        joined = in_channels + len(bins) * branch
+                          nn.BatchNorm2d(branch), nn.ReLU()) for b in (1, 2, 3, 6))
+        joined = in_channels + 4 * branch
         self.fuse = nn.Sequential(nn.Conv2d(joined, self.out_channels, 3, padding=1, bias=False),
                                   nn.BatchNorm2d(self.out_channels), nn.ReLU())
 
@@ -128,11 +128,11 @@ class DeepLabResNet(ResNet):
     bottleneck's first 1x1 (`stride_on="3x3"`: where torchvision's weights were trained with it).
     """
 
-    def __init__(self, name="resnet101", layers=4, stride_on="1x1", bn="learn",
+    def __init__(self, name, layers=4, stride_on="1x1", bn="learn",
                  input_scale="imagenet"):
         super().__init__(name, layers, bn=bn, input_scale=input_scale)
         self.maxpool.ceil_mode = True
-        for layer, dilation in (("layer3", 2), ("layer4", 4)):  # no stride is left that halves it
+        for layer, dilation in (("layer3", 2), ("layer4", 4)):  # stride is 1 now: none is halved
             dilate(getattr(self, layer, nn.Module()), dilation)
         first = self.layer2[0]
         if stride_on == "1x1" and hasattr(first, "conv3"):
@@ -161,7 +161,7 @@ class ASPP(nn.Module):
 class DeepLabV2(nn.Module):
     """Single-scale DeepLabv2: `body` and `head` (ASPP); logits at the image's size."""
 
-    def __init__(self, num_classes, name="resnet101", layers=4, rates=(6, 12, 18, 24),
+    def __init__(self, num_classes, name, layers=4, rates=(6, 12, 18, 24),
                  stride_on="1x1", bn="learn", input_scale="imagenet"):
         super().__init__()
         self.body = DeepLabResNet(name, layers, stride_on, bn, input_scale)
@@ -178,7 +178,7 @@ class DeepLabV3Plus(nn.Module):
     torchvision's ASPP, resized to stride 4, joined with 48 channels made from layer1; two 3x3.
     """
 
-    def __init__(self, num_classes, name="resnet101", bn="learn"):
+    def __init__(self, num_classes, name, bn="learn"):
         super().__init__()
         self.body = ResNet(name, stride=16, bn=bn)
         self.aspp = PooledASPP(self.body.out_channels, [6, 12, 18])

@@ -1,8 +1,8 @@
 """Images and masks of one size, decoded and resized once, and kept as arrays beside the runs.
 
 An array has a file of its own, which is there whole or not at all: several runs can fill and use
-one folder, and a kill loses nothing. It is as old as the image that it was made from, to the
-nanosecond: an image that was replaced is decoded again.
+one folder, and a kill loses nothing. Its modification time is set to that of the image, so that an
+image that was replaced is decoded again.
 """
 import dataclasses
 import os
@@ -23,7 +23,6 @@ class Cached(Split):
 
     def __init__(self, split, size, folder):
         vars(self).update(vars(split))
-        self.split = split
         self.size = size
         self.folder = folder
 
@@ -36,12 +35,12 @@ class Cached(Split):
         return self.kept(f"{i}-mask.npy", self.masks[i], lambda: self.decoded(i, True)[1])
 
     def decoded(self, i, with_mask=False):
-        image, mask = to_tensors(self.split.image(i), self.split.mask(i) if with_mask else None)
+        image, mask = to_tensors(super().image(i), super().mask(i) if with_mask else None)
         image, mask = resize(image, mask, self.size)
         return image.permute(1, 2, 0).numpy(), None if mask is None else mask.numpy()
 
     def kept(self, name, source, decode):
-        """The array in the file `name`, of which the crop is read and no more; made if need be."""
+        """The array in the file `name`, memory-mapped; if there is none, decode() makes it."""
         path = self.folder / name
         try:
             age = os.stat(source).st_mtime_ns
@@ -65,28 +64,28 @@ class Cached(Split):
 
 
 def cached(data, size, cfg, ctx):
-    """The data with a Cached training split, if `size` is given, and a scored one, if it is scored
-    at this size: in cfg.cache, or .cache beside the run's folder, if there is room for them."""
+    """The dataset with a Cached training split and, if images are scored at `size`, a Cached scored
+    split, in cfg.cache or .cache beside the run folder; unchanged if there is no room."""
     if size is None or cfg.cache == "none" or data.one_size:
         return data
     splits = dict(train=data.train)
     if cfg.scoring_size == size:
         splits["val"] = data.val
     height, width = size
-    folder = Path(cfg.cache or Path(cfg.out).absolute().parent / ".cache")  # runs/* has runs alone
+    folder = Path(cfg.cache or Path(cfg.out).absolute().parent / ".cache")  # hidden from runs/*
     caches = {}
     for name, split in splits.items():
         paths = "\n".join(map(os.path.abspath, split.images))
-        whose = sha1(f"{paths} {len(data.classes)}".encode()).hexdigest()[:16]
-        caches[name] = Cached(split, size, folder / f"{data.name}-{height}x{width}-{whose}")
+        digest = sha1(f"{paths} {len(data.classes)}".encode()).hexdigest()[:16]
+        caches[name] = Cached(split, size, folder / f"{data.name}-{height}x{width}-{digest}")
         make_folder(caches[name].folder, "--cache")
     missing = sum(map(len, splits.values()))
     for cache in caches.values():
         missing -= sum(name.endswith("-image.npy") for name in os.listdir(cache.folder))
     size_gb = 4 * height * width * missing / 1e9  # three colours, and perhaps a mask
     if size_gb > 0.9 * shutil.disk_usage(folder).free / 1e9:
-        ctx.say(f"note: images are decoded again and again, as {folder} has no room for "
-                f"{size_gb:.1f} GB: give a --cache folder that has")
+        ctx.say(f"note: images are decoded anew in every epoch, because {folder} has no room for "
+                f"{size_gb:.1f} GB: give a --cache folder with more room")
         return data
     ctx.say(f"images of {height}x{width} are decoded once, into {folder}: up to {size_gb:.1f} GB "
             f"more")

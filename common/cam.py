@@ -46,22 +46,17 @@ class CamNet(nn.Module):
         return F.relu(self.classifier(self.body(x)))
 
 
-class TagAugment:
-    """Training transform of the classifier -> (image, which of the `objects` it holds)"""
+def augment_tagged(image, tags, rng, augment, objects):
+    """Training transform of the classifier -> (image, which of the `objects` it holds)
 
-    def __init__(self, augment, objects):
-        """augment: transform of (image, mask or None, rng). objects: classes that have an output"""
-        self.augment = augment
-        self.objects = objects
-
-    def __call__(self, image, tags, rng):
-        image, _ = self.augment(image, None, rng)
-        return image, torch.from_numpy(tags[self.objects])
+    augment: transform of (image, mask or None, rng). objects: classes that have an output"""
+    image, _ = augment(image, None, rng)
+    return image, torch.from_numpy(tags[objects])
 
 
 def train_classifier(data, tags, objects, augment, part, cfg, ctx):
-    """Train, or resume, g_c o h with all training images, whose tags `tags` has, in a part of a
-    run's folder: SGD with poly, as in the authors' code. -> CamNet, whose classes are `objects`"""
+    """Train, or resume, the classifier g_c o h on the tags of all training images; SGD with poly as
+    in the authors' code. part: from RunFolder.part. -> CamNet, whose classes are `objects`"""
     everything = range(len(data.train))
     share = math.ceil(16 / ctx.world)  # a process's images per step: 16 in all, as in the code
     steps = cfg.weak_epochs * math.ceil(len(everything) / (share * ctx.world))
@@ -76,7 +71,8 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
     optimizer = torch.optim.SGD(groups, cfg.weak_lr, weight_decay=1e-4, fused=True)
     step = part.resume(share * ctx.world, steps, net=net, optimizer=optimizer, scaler=ctx.scaler)
     wrapped = ctx.wrap(net, cfg.compile)
-    stream = Stream(tags, everything, TagAugment(augment, objects), cfg.seed, part.path.name, True)
+    transform = partial(augment_tagged, augment=augment, objects=objects)
+    stream = Stream(tags, everything, transform, cfg.seed, part.path.name, True)
     batches = endless(stream, share, step, cfg.workers, ctx)
     ctx.say(f"{ctx}; {data.name}: classifier of the tags of {len(everything)} images, {steps} "
             f"steps")
@@ -103,14 +99,14 @@ def train_classifier(data, tags, objects, augment, part, cfg, ctx):
     return net.eval()
 
 
-def activation_maps(net, x, present, scales=(1, 0.5, 1.5, 2)):
+def activation_maps(net, x, present):
     """The sum over scales and mirror images, divided by each map's maximum: [n, H, W] in 0..1
 
     x [1, 3, H, W]; present: the n classes of the image, as its tags say, int64 [n].
     """
     size = x.shape[2:]
     total = x.new_zeros(len(present), *size)
-    for scale in scales * bool(len(present)):
+    for scale in (1, 0.5, 1.5, 2) if len(present) else ():
         scaled = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
         maps = net.maps(scaled) + net.maps(scaled.flip(3)).flip(3)
         maps = maps[:, present].float()
@@ -140,8 +136,8 @@ def pseudo_label(maps, classes, background, thresholds, image=None):
 
 @torch.no_grad()
 def write_pseudo_label(i, net, pseudo, tags, objects, palette, cfg, ctx):
-    """y_p of training image i (Sec. 3.3), at the image's size; made at --size, or else at the
-    image's, if its longer side has at most 1024 pixels"""
+    """Write y_p of training image i (Sec. 3.3) at the image's size. It is computed at --size; or,
+    without one, at the image's size, its longer side reduced to 1024 pixels"""
     image, _ = T.to_tensors(tags.image(i))
     size = image.shape[1:]
     if cfg.size:
@@ -200,7 +196,7 @@ def weak_labels(domain, augment, part, ctx):
     if ctx.main:
         checkpoint.save(finished, dict(images=data.train.fingerprint))
     part.catch_signals()
-    part.parts = {}  # the network's memory is wanted
+    part.parts = {}  # frees the network's memory
     ctx.new_scaler()
     ctx.barrier()
     return pseudo

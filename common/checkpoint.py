@@ -58,8 +58,8 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
     flags `given` on top, and its contents. Raises UserError for another script's file, and for
     flags without effect.
 
-    cfg: what the command line comes to. tables: what the authors' files hold, see of_release; they
-    bring no settings: those of cfg take their place, and those of released, see released_settings.
+    cfg: settings of the command line. tables: formats of the authors' files, see of_release. Such
+    files hold no settings: they get those of cfg, changed by `released` (see released_settings).
     """
     state = load(path, ctx.device)
     config_class = type(cfg)
@@ -79,7 +79,7 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
     try:
         config = from_saved(config_class, state["config"], given)
         state |= state["domains"][0]  # the dataset of all scripts but cct.py, which takes several
-        state["step"], state["palette"].tolist(), len(state["classes"])
+        state["step"], state["palette"].tolist(), len(state["classes"])  # an error if missing
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged, or of another version ({error})") from error
     check_needs(given, config)
@@ -87,10 +87,10 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
 
 
 def of_release(state, table, settings, path, cfg, ctx):
-    """The contents of a file of the authors' code as a checkpoint of ours, or None if it holds
-    something else. table: `names`, {pattern at the beginning of a name: ours, or None for what is
-    not needed}; `classes`, the tensor that has a row for each class; perhaps `part`, and `settings`
-    beside these. Raises UserError if --data has another number of classes."""
+    """Convert `state`, read from a file of the authors' code, to a checkpoint of this project; None
+    if it does not fit `table`: `names`, {pattern for the start of a tensor's name: our name, or
+    None if it is not needed}; `classes`, our name of a tensor with one row per class; optional:
+    `part`, `settings`. Raises UserError if --data has another number of classes."""
     state = state.get("state_dict", state)
     net, unused = {}, []
     for name, tensor in state.items() if isinstance(state, dict) else ():
@@ -136,8 +136,8 @@ def load_network(net, state, path, device):
     try:
         net.load_state_dict(state["net"])
     except (RuntimeError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} does not hold the weights of its own settings: it is damaged, or "
-                        f"of another version") from error
+        raise UserError(f"{path}: its weights do not fit its settings; it is damaged, or of "
+                        f"another version of this project") from error
     return net.to(device, memory_format=torch.channels_last)
 
 

@@ -45,7 +45,7 @@ def _number(kind, within):
 
 
 def _list(kind, within, choices):
-    """Parser of a comma-separated list. Of classes, counted from 0, there may be none."""
+    """Parser of a comma-separated list. `none` is the empty list, where 0 is the lower limit."""
     def parse_list(text):
         if choices is None and text == "none" and within[0] == 0:
             return ()
@@ -59,8 +59,8 @@ def _list(kind, within, choices):
 
 
 def _add_flag(group, field, kind, value):
-    """Turn one field into one flag. value: what it is without the flag; None and "" are not shown,
-    since a flag cannot say them."""
+    """Add the flag of one field. value: the default, which --help shows, unless it is None or "",
+    which a user cannot type."""
     meta = field.metadata
     text = meta["help"]
     if value not in (None, ""):
@@ -89,13 +89,13 @@ def _add_flag(group, field, kind, value):
 
 
 def preset_of(presets, data):
-    """The preset of a dataset; of several, `a+b`, their own one, if there is one, or that of a."""
+    """The preset of a dataset. For `a+b`: a preset of its own if there is one, else that of a."""
     in_order = "+".join(sorted(data.split("+")))
     return presets.get(in_order, presets.get(data.partition("+")[0], {}))
 
 
 def released_settings(config_class, released, data, given=()):
-    """What --released sets: all of released["all"] and of released[data] but what flags give"""
+    """The settings of --released: released["all"] and released[data], without those in `given`"""
     fields = {field.name: field for field in dataclasses.fields(config_class)}
     settings = released.get("all", {}) | preset_of(released, data)
     return {name: value for name, value in settings.items()
@@ -111,21 +111,21 @@ def parse(config_class, presets, argv=None, description="", released=None):
     data = fields["data"].default
     if "--data" in argv[:-1]:
         data = argv[argv.index("--data") + 1]
-    preset = config_class(**preset_of(presets, data))
+    defaults = config_class(**preset_of(presets, data))
     parser = argparse.ArgumentParser(
         description=description.partition("\n\n")[0], allow_abbrev=False,
         usage="%(prog)s [--flag value ..]",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=34, width=110),
-        epilog=f"[Values] are those of --data {data}. Eq., Sec., Table: of the paper; D1, D2, ..:\n"
-               f"deviations from it, at the top of the script, where the commands stand, too.")
+        epilog=f"In [brackets]: defaults with --data {data}. Eq., Sec., Table: of the paper.\n"
+               "D1, D2, ..: deviations, listed at the top of the script, as are example commands.")
     kinds = kinds_of(config_class)
     groups, title = {}, ""
     for field in fields.values():
         title = field.metadata["group"] or title  # of the field before
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_flag(groups[title], field, kinds[field.name], getattr(preset, field.name))
+        _add_flag(groups[title], field, kinds[field.name], getattr(defaults, field.name))
     given = vars(parser.parse_args(argv))
     for name, value in given.items():
         if isinstance(value, list):  # of two numbers, a range; or of three

@@ -31,8 +31,8 @@ def unary_of_labels(labels, num_classes, certainty=0.7):
 def dense_crf(image, unary, iterations=10, gaussian=(3.0, 3.0), bilateral=(50.0, 5.0, 10.0)):
     """Algorithm 1 with the Potts model: -> Q float [C, H, W], the pixels' class probabilities.
 
-    Q_i(l) <- softmax over l of -psi_u(l) + sum_m w_m sum_j K_m[i, j] Q_j(l). Potts subtracts the
-    other labels' sums; to add l's own is the same but for a number that all l share.
+    Q_i(l) <- softmax over l of -psi_u(l) + sum_m w_m sum_j K_m[i, j] Q_j(l). The paper subtracts
+    the sums of all labels but l; adding the sum of l instead changes all labels alike.
     image: uint8 [H, W, 3]. unary: float [C, H, W], -log probabilities. gaussian: s_gamma in
     pixels, w2. bilateral: s_xy in pixels, s_rgb in grey levels of 0..255, w1. All s > 0.
     """
@@ -77,8 +77,8 @@ class Lattice:
     blur by (1/2, 1, 1/2) along the lattice's d + 1 directions in turn, and slice: read each point
     with the weights of its splat. Lattice points that are no simplex's corner count as zero.
     The directions are v_1 .. v_d, a basis, and v_1 + .. + v_d. In coordinates u of that basis the
-    lattice is Z^d, and the corners around u are floor(u), and then one v_i after the other added
-    to it, that of u's largest fraction first.
+    lattice is Z^d. The corners around u: floor(u), then plus the v_i of u's largest fraction, then
+    plus that of the second largest, and so on.
     Like the authors' code, whose lattice this is up to rounding, it is not exact. For photographs
     of 128 x 96 and the defaults above, filtered values are off by 3 to 5 % (rms), and after ten
     iterations 1 to 3 % of noisy labels are other than with exact sums. K is symmetric to 2 to 6 %
@@ -118,8 +118,8 @@ class Lattice:
     def basis(d):
         """[d, d]: features @ basis = u, scaled so that splat, blur and slice have variance 1.
 
-        Behind it stand the hyperplane of R^(d+1) whose coordinates add up to 0, the features turned
-        into it and multiplied by sqrt(2 / 3) (d + 1), and v_i with -d at i and 1 elsewhere.
+        Derivation: rotate the features into the hyperplane of R^(d+1) whose coordinates add up to
+        0, multiply them by sqrt(2 / 3) (d + 1); there v_i has -d at place i and 1 elsewhere.
         """
         i = torch.arange(1.0, d + 1, dtype=torch.float64)
         hyperplane = torch.ones(d + 1, d, dtype=torch.float64).triu()

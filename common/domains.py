@@ -44,7 +44,7 @@ def one_each(name, text, count):
 def settings_of_domains(cfg, given, presets, own):
     """{name: settings} of the domains of cfg.data; a second `folder` is named folder_2.
 
-    The fields `own` are those of a dataset's own preset, unless flags were given for all.
+    own: fields that every domain takes from its own dataset's preset, unless a flag sets them.
     """
     names = cfg.data.split("+")
     if unknown := [name for name in names if name not in DATASETS]:

@@ -1,4 +1,4 @@
-"""Files that are whole at any moment: written beside their place, then renamed."""
+"""Atomic writing: a temporary file in the same folder is written, then renamed."""
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +8,7 @@ from common.settings import UserError
 
 @contextmanager
 def replacing(path, mode="w", newline=None):
-    """`with replacing(path) as file: ..` writes `path`, or replaces it, in one stroke.
+    """`with replacing(path) as file: ..` writes or replaces `path` atomically.
 
     Raises UserError when that fails, as on a full disk; the old file is kept then.
     """

@@ -95,17 +95,17 @@ def label_map(logits, size):
 
 
 def targets_of(images, out, form, palette):
-    """{image: file of its prediction}, sorted, of a tree of folders, which is kept, unless the test
-    server wants all in one. Raises UserError if names or classes are not those of the server, or if
-    two predictions, or one and an image, would be one file."""
-    found = find_files(images, IMAGE_SUFFIXES, with_folders=True) if images else {}
+    """{image: file of its prediction}, sorted. Predictions keep the images' tree of folders, unless
+    the test server wants one folder. Raises UserError if names or classes do not fit the server, or
+    if a prediction would overwrite an image or another prediction."""
+    found = find_files(images, IMAGE_SUFFIXES, with_folders=True)
     if not found:
         raise UserError(f"--images {images or '(not given)'}: expected a folder with images "
                         f"({', '.join(IMAGE_SUFFIXES)}) to predict")
     folders = [Path(os.path.realpath(folder)) for folder in (images, out)]
     if folders[0].is_relative_to(folders[1]) or folders[1].is_relative_to(folders[0]):
-        raise UserError(f"--out {out}: expected a folder that is not in --images {images}, nor has "
-                        f"it inside, so that no image is overwritten")
+        raise UserError(f"--out {out}: expected a folder that is not in --images {images} and "
+                        f"does not contain it, so that no image is overwritten")
     key_pattern, classes = SERVERS.get(form, ("", palette))
     if not np.array_equal(palette, classes):
         raise UserError(f"--format {form} is for its {len(classes)} classes, but the network of "

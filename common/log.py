@@ -100,7 +100,7 @@ class Log:
         self._kept = []
 
     def evaluated(self, step, **values):
-        """Print and write the results of an evaluation, whose time is not counted."""
+        """Print and write results of an evaluation; only `seconds` includes the time it took."""
         self.flush()
         self._record(step, values, "evaluation")
 
@@ -144,7 +144,7 @@ class Log:
                 self._writer.add_scalar(name, value, step)
 
     def _rewrite(self):
-        """Replace log.csv, header and all, in one stroke."""
+        """Write log.csv anew, with its header, atomically."""
         with replacing(self.folder / "log.csv", newline="") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()

@@ -21,8 +21,8 @@ class ConfusionMatrix:
     def update(self, prediction, target):
         """Add pixels: integer tensors of one shape, on the matrix's device; target 255 is ignored.
 
-        Nothing here waits for the device, as a boolean index or bincount would; hence ids that are
-        no class are only counted, and reading a score raises.
+        Nothing here waits for the device, as a boolean index or bincount would. Ids that are no
+        class are therefore only counted; iou() and the other scores raise ValueError for them.
         """
         if prediction.shape != target.shape:
             raise ValueError(f"a prediction of shape {tuple(prediction.shape)} does not fit "
@@ -35,7 +35,7 @@ class ConfusionMatrix:
 
     def reduce(self):
         """Sum over all processes. To be called once, by every process, after the last update."""
-        if dist.is_available() and dist.is_initialized():
+        if dist.is_initialized():
             dist.all_reduce(self.matrix)
             dist.all_reduce(self.illegal)
 

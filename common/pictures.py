@@ -69,7 +69,7 @@ def prediction_panel(rows, palette, names, titles=("image", "truth", "prediction
             picture = ImageOps.pad(Image.fromarray(pixels), cell, method, "white")
             panel.paste(picture, (x, LINE + row * (cell[1] + GAP)))
     for i, (name, rgb) in enumerate(entries):
-        x = GAP + i // lines * entry  # down its columns, as one reads a list
+        x = GAP + i // lines * entry  # the legend is filled column by column
         y = legend + i % lines * LINE
         draw.rectangle((x, y, x + 16, y + 16), tuple(rgb), "gray")
         draw.text((x + 24, y + 8), name, "black", font, "lm")
@@ -85,8 +85,8 @@ def line_plot(panels, path, x_label="step", ticks=None):
     """Write a PNG with one plot per panel, stacked; all have the same x axis, which begins at 0.
 
     panels: list of (title, {series name: [(x, y), ..]}); a y that is not finite leaves a gap; a
-    point (x, y, spread) has a bar from y - spread to y + spread. ticks: {x: text}. The legend has
-    the last value of every series, but only over steps: elsewhere it means nothing.
+    point (x, y, spread) has a bar from y - spread to y + spread. ticks: {x: text}. If x_label is
+    `step`, the legend also has the last value of every series.
     """
     font = ImageFont.load_default(14)
     width, height = PLOT

@@ -10,9 +10,9 @@ def find_blobs(objects, min_area=64):
 
     objects: bool [B, H, W]. -> (box, valid): box int64 [4, B*H*W] = y0, x0, y1, x1 (inclusive),
     valid bool [B*H*W]. A region's entry stands at the index of its first pixel in row order; all
-    other entries are not valid. Labels spread by hooking trees of pixels onto their neighbours'
-    roots and halving the paths, which needs about log(pixels) rounds, a fixed number of them, so
-    that the device never waits for the host.
+    other entries are not valid. Algorithm: union-find on all pixels in parallel. A round hooks the
+    trees of neighbouring pixels together and halves the paths to the roots; the number of rounds,
+    about log2(pixels), is fixed, so that the host never waits for the device.
     """
     b, height, width = objects.shape
     n = objects.numel()

@@ -1,6 +1,5 @@
 """ROC curves of scores per image and class, and the areas under them; used by s4gan_mlmt.py."""
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,6 @@ def in_words(macro, micro):
 
 def roc_picture(fpr, tpr, area, path):
     """Write the curve as a PNG; none where it is not defined."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
     if not math.isnan(area):
         points = torch.stack([fpr, tpr], 1).tolist()
         line_plot([("true positive rate, all classes pooled", {f"AUC {area:.4f}": points})], path,

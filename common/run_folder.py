@@ -1,5 +1,5 @@
-"""The books of one run: its settings, checkpoints, log and pictures, in one folder. Called by the
-training loop, it calls nothing back."""
+"""The folder of one run, which holds its settings, checkpoints, log and pictures. The training loop
+calls it; it calls nothing in a script."""
 import copy
 import dataclasses
 import fcntl
@@ -51,7 +51,7 @@ class RunFolder:
         self.catch_signals()
 
     def part(self, name, own_log=True):
-        """The books of one of several trainings of this run, in a folder inside its own."""
+        """A RunFolder for one of several trainings of this run, in a subfolder called `name`."""
         part = copy.copy(self)
         part.about = self.about | dict(part=name)
         part.path = self.path / name
@@ -82,9 +82,9 @@ class RunFolder:
     def resume(self, images_per_step, steps, first_step=0, **parts):
         """Fill `parts` from last.pt, if there is one, and open the log. -> the step to go on from
 
-        parts: all that has state, with state_dict and load_state_dict, or tensors; None: absent.
-        `net` is the network of --evaluate. first_step: steps of the log before this training's;
-        steps: those of the log when it is complete.
+        parts: what has state: tensors, or objects with state_dict and load_state_dict; None is
+        left out. `net` must be given: --evaluate scores it. first_step: number of steps of earlier
+        trainings in the same log; steps: the last step of the log.
         """
         self.parts = {name: part for name, part in parts.items() if part is not None}
         self.first_step = first_step
@@ -151,8 +151,7 @@ class RunFolder:
         self.log.curves()
 
     def show(self, examples, data=None):
-        """Write predictions.png, or of one of several datasets predictions-<its name>.png, unless
-        there are no examples."""
+        """Write predictions.png (predictions-<name>.png if there are several datasets)."""
         data = data or self.datasets[0]
         name = f"predictions-{data.name}.png" if len(self.datasets) > 1 else "predictions.png"
         if self.ctx.main and examples:
@@ -170,7 +169,7 @@ class RunFolder:
         self.ctx.close()
 
     def take_over(self, part):
-        """Make the networks of a part, without the state of its training, the run's own result."""
+        """Copy the networks of a part, without its optimiser, and its panel into this folder."""
         for name in ("last.pt", "best.pt"):
             if self.ctx.main and (part.path / name).exists():
                 state = checkpoint.load(part.path / name)
@@ -187,13 +186,13 @@ class RunFolder:
     # ------------------------------------------------------------------ signals
 
     def catch_signals(self, catch=True):
-        """From now on SIGTERM and SIGHUP only make a note of themselves; without `catch` they end
-        the process at once, and so does one that was noted before."""
+        """From now on SIGTERM and SIGHUP are only noted, for stop_if_asked. With catch=False they
+        end the process at once; if one was noted before, the process ends here."""
         if self.stop and not catch:
             self.ctx.say("stopped by a signal; the same command resumes")
             raise SystemExit(143)
         for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
                 handler = (lambda n, _: self.stop.append(n)) if catch else signal.SIG_DFL
                 signal.signal(number, handler)
 
@@ -212,14 +211,14 @@ class RunFolder:
             raise SystemExit(143)
 
 
-def make_folder(path, flag="--out"):
-    """Raises UserError if the folder cannot be made or written to."""
+def make_folder(path, given_by="--out"):
+    """Make a folder. Raises UserError, naming the flag, if it cannot be made or is read-only."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{flag} {path}: cannot make this folder ({error.strerror})") from error
+        raise UserError(f"{given_by} {path}: cannot make this folder ({error.strerror})") from error
     if not os.access(path, os.W_OK):
-        raise UserError(f"{flag} {path}: this folder is read-only")
+        raise UserError(f"{given_by} {path}: this folder is read-only")
 
 
 def lock(path):
@@ -239,9 +238,9 @@ def keep_config(folder, config, free=()):
     free: fields that may differ beside those declared so. A folder without a checkpoint holds no
     run yet. Raises UserError naming every difference.
     """
-    path = Path(folder) / "config.json"
+    path = folder / "config.json"
     now = json.loads(json.dumps(to_save(config)))
-    if path.exists() and any(Path(folder).rglob("*.pt")):
+    if path.exists() and any(folder.rglob("*.pt")):
         try:
             before = json.loads(path.read_text())
             before = {name: before[name] for name in now}

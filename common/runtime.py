@@ -35,7 +35,7 @@ class Runtime:
             except RuntimeError as error:
                 raise UserError(f"process {self.rank} of {self.world} cannot use GPU "
                                 f"{self.device.index} of {torch.cuda.device_count()} (torchrun's "
-                                f"--nproc_per_node is at most their number): "
+                                f"--nproc_per_node must not exceed the number of GPUs): "
                                 f"{str(error).splitlines()[0]}") from None
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
@@ -82,8 +82,8 @@ class Runtime:
         return module.to(self.device, memory_format=torch.channels_last)
 
     def wrap(self, module, compiled=False):
-        """For training: in DistributedDataParallel if there are several processes, and compiled. The
-        module itself stays as it is, for images of any size."""
+        """The module for training: compiled if asked, wrapped in DDP if there are several
+        processes. The module itself stays as it is, for images of any size."""
         if compiled:
             module = torch.compile(module)
         if self.world == 1:
@@ -112,12 +112,12 @@ class Runtime:
         return self.sum(tensor) / self.world
 
     def count(self, mask):
-        """Number of true entries of a bool tensor, its mean over the processes.
+        """Mean over the processes of the number of true entries of a bool tensor.
 
         A loss that divides its local sum by this number is, once DDP has averaged the gradients,
         the mean over the global batch. At least 1 in all, so that an empty batch gives 0.
         """
-        return (self.sum(mask.sum()) / self.world).clamp(min=1 / self.world)
+        return self.mean(mask.sum()).clamp(min=1 / self.world)
 
     def gather(self, tensor):
         """Concatenation along dim 0 of every process's (equally shaped) detached tensor."""
@@ -147,8 +147,8 @@ class Runtime:
     def close(self):
         """Leave the group of processes."""
         if dist.is_initialized():
-            # gloo's threads need the GIL to let go of their last tensors, and the group's end,
-            # which holds the GIL, waits for them: too early, it waits for ever (torch 2.11)
+            # destroy_process_group holds the GIL and waits for gloo's threads, which need the GIL
+            # to free their last tensors: without a pause this is a deadlock (torch 2.11)
             time.sleep(0.5)
             dist.destroy_process_group()
 
@@ -158,8 +158,8 @@ class Runtime:
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch statistics over all processes, which have equal shares of the batch, in the precision
-    of the running ones. torch's own allows unequal shares: for them the host waits for the GPU."""
+    """Batch normalisation with the statistics of all processes, whose batches have equal sizes.
+    torch's SyncBatchNorm allows unequal sizes, and for that the host waits for the GPU."""
 
     def forward(self, x):
         if not self.training:
@@ -170,7 +170,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
             unused = torch.zeros_like(parts[0])
             local = torch.batch_norm_update_stats(x, *unused, 0.0)  # mean and variance, both [C]
             torch.stack(local, out=parts[dist.get_rank()])
-            dist.all_reduce(parts)  # the others are 0: a gathering
+            dist.all_reduce(parts)  # every process has filled its own row, the others are 0
             means, variances = parts.unbind(1)
             between, mean = torch.var_mean(means, 0, correction=0)
             var = variances.mean(0) + between  # Chan et al.; means of squares would cancel digits

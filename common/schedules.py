@@ -21,9 +21,9 @@ def set_lr(optimizer, lr):
 
 
 def momentum_sgd(groups, lr, weight_decay, nesterov=False):
-    """SGD with momentum 0.9, whose buffers begin as zeros: torch's fused SGD would begin with
-    memory that holds anything if fp16's scaler skips a first step, and wants a whole group at once.
-    """
+    """SGD with momentum 0.9, whose buffers are zeros from the start. torch's fused SGD would leave
+    them uninitialised if fp16's scaler skips the first step, and fails if only some parameters of a
+    group have one."""
     optimizer = torch.optim.SGD(groups, lr, 0.9, weight_decay=weight_decay, nesterov=nesterov,
                                 fused=True)
     for group in optimizer.param_groups:
@@ -65,17 +65,17 @@ def update_ema(teacher, student, decay, buffers="copy"):
     buffers (BN statistics): "copy" the student's, "ema" averages them too, "keep" leaves the
     teacher's own. Integer buffers (counters) are copied unless kept.
     """
-    mine = list(teacher.parameters())
-    theirs = [p.detach() for p in student.parameters()]
+    averages = list(teacher.parameters())
+    sources = [p.detach() for p in student.parameters()]
     copied = {}
     for buffer, source in zip(teacher.buffers(), student.buffers(), strict=True):
         if buffers == "ema" and buffer.is_floating_point():
-            mine.append(buffer)
-            theirs.append(source)
+            averages.append(buffer)
+            sources.append(source)
         elif buffers != "keep":
             copied.setdefault(buffer.dtype, []).append((buffer, source))
-    torch._foreach_lerp_(mine, theirs, 1 - decay)
-    for pairs in copied.values():  # one kernel each; of mixed dtypes it would be one per buffer
+    torch._foreach_lerp_(averages, sources, 1 - decay)
+    for pairs in copied.values():  # one kernel per dtype; with mixed dtypes one per buffer
         torch._foreach_copy_(*zip(*pairs))
 
 

@@ -12,18 +12,18 @@ class UserError(Exception):
 
 
 Size = typing.NewType("Size", tuple)  # (height, width), written `360x480`, or `320` for a square
-ANY = object()  # in `needs`: any value but an empty one
+ANY = object()  # in `needs`: any value but None, False, 0 or an empty one
 
 
 def option(default, help, choices=None, group=None, within=None, needs=None, replaces=None,
            free=False, scoring=False):
     """A dataclass field that is a flag.
 
-    group: the headed section of --help, for the fields that follow as well. within: the smallest
-    and the largest number (None: no limit; NaN and infinity never pass). needs: {field: value,
-    tuple of values or ANY}, without which the flag has no effect and is refused. replaces: the
-    field whose place this one takes. free: may differ between a run and its resumption.
-    scoring: counts for --evaluate and --predict.
+    group: heading in --help, for this field and the next ones. within: (smallest, largest) allowed
+    number; None: no limit. needs: {other field: the value, tuple of values or ANY that it must
+    have}, otherwise the flag has no effect and is refused. replaces: the field that becomes None
+    if this flag is given. free: may be changed when a run is resumed. scoring: the flag has an
+    effect with --evaluate and --predict.
     """
     return dataclasses.field(default=default, metadata=dict(
         help=help, choices=choices, group=group, within=within, needs=needs or {},
@@ -47,7 +47,7 @@ class BaseConfig:
     seed: int = option(0, "seed of draw, initialisation and augmentation",
                        within=(0, 2**32 - 1))
     supervised: bool = option(False, "the baseline: labelled images only, same network, same steps")
-    released: bool = option(False, "settings of the authors' code where it differs; flags win")
+    released: bool = option(False, "settings of the authors' code; other flags override them")
     steps: int | None = option(None, "training steps", within=POSITIVE, replaces="epochs")
     out: str = option("", "run folder [runs/<script>-<data>-<labeled>-seed<k>-<settings>]; the "
                           "same command resumes the run in it", free=True, scoring=True)
@@ -126,13 +126,13 @@ def show(value, kind):
     return separator.join(map(str, value)) or "none"
 
 
-ACTS = ("download", "evaluate", "predict", "images", "format", "out")  # to do, never stored
+NOT_SAVED = ("download", "evaluate", "predict", "images", "format", "out")  # no settings of a run
 
 
 def to_save(config):
     """The settings as config.json and checkpoints hold them."""
     settings = dataclasses.asdict(config)
-    return {name: value for name, value in settings.items() if name not in ACTS}
+    return {name: value for name, value in settings.items() if name not in NOT_SAVED}
 
 
 def from_saved(config_class, saved, given=()):

@@ -5,7 +5,7 @@ So a run does not depend on the number of workers or processes, resumes exactly 
 streams never draw the same random numbers by accident.
 """
 import atexit
-import multiprocessing.util  # whose own end of the workers comes after the one below
+import multiprocessing.util  # imported early: its exit handler then runs after kill_workers
 import signal
 
 import numpy as np
@@ -67,8 +67,8 @@ def endless(stream, batch, start_step, workers, ctx):
 
 
 def start(loader):
-    """What the loader yields. Its workers have these signals blocked from their first moment on: a
-    signal to all processes is the main one's affair, which stops, and ends its workers."""
+    """Yield the batches of a loader. Its workers start with these signals blocked: if a signal goes
+    to all processes, only the main one handles it, and ends its workers when it stops."""
     signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -79,10 +79,10 @@ def start(loader):
         yield from iterator
     except RuntimeError as error:
         if "shared memory" in str(error) or "</torch_" in str(error):
-            raise UserError("/dev/shm has no room for the images of the loader's workers: docker "
-                            "run --shm-size=8g makes it larger, --workers 0 does without"
+            raise UserError("shared memory (/dev/shm) is too small for the batches of --workers: "
+                            "enlarge it (docker run --shm-size=8g), or give --workers 0"
                             ) from error
-        if "equal size" in str(error) or "not resizable" in str(error):  # in this process, a worker
+        if "equal size" in str(error) or "not resizable" in str(error):  # in making a batch
             raise UserError("a batch has images of different sizes: give a --crop, or one --size "
                             "for all") from error
         raise
@@ -90,9 +90,9 @@ def start(loader):
 
 @atexit.register
 def kill_workers():
-    """At the end of the process, however it comes: multiprocessing would ask workers with SIGTERM,
-    which they do not get, and wait for them for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would call their end an error
+    """Runs whenever the process exits. multiprocessing itself would send the workers SIGTERM, which
+    is blocked in them, and then wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a killed worker
     for worker in multiprocessing.active_children():
         worker.kill()
 

@@ -3,9 +3,9 @@
 python -m common.summary runs/cct-camvid-*                 a table; --markdown: for a README
 python -m common.summary runs/cct-camvid-* --plot labeled  and a picture of mIoU over --labeled
 
-A row holds the finished runs that differ in --seed alone, and in flags of the machine (--workers,
-..). Its first columns are the settings that differ; between scripts or datasets, whose presets
-differ in nearly everything, those of FIRST alone. Scores are in percent, at the last step: mIoU, of
+A row holds the finished runs that differ only in --seed and in flags of the machine (--workers,
+..). Its first columns are the settings that differ between runs of one script and dataset, and
+those of FIRST that differ between any runs. Scores are in percent, at the last step: mIoU, of
 several datasets also that of each, `fused` with MLMT; a classifier's macro AUC; `best`, chosen on
 the scored images; `gain`, of mIoU (or fused) over the --supervised run of the same script, data,
 labels, seed, --size, --backbone and --steps, if there is one. Hours are the mean time of a run,
@@ -63,7 +63,7 @@ def read_run(path):
         last = rows[-1] if rows else {}
         running = ", ".join(f"{one['step']}/{one['steps']}" for one in reversed(states))
         if (score in last and last["step"] == state["steps"]
-                and config.get("stages") == state["config"].get("stages")):  # none was added later
+                and config.get("stages") == state["config"].get("stages")):  # no stage was added
             running = ""
         settings = {name: "-" if value in (None, "") else show(value, KINDS.get(name))
                     for name, value in config.items() if name not in IGNORED}

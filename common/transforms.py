@@ -36,8 +36,8 @@ def resize_long_side(image, mask, length):
 
 
 def normalise(image):
-    """uint8 [.., 3, H, W] in 0..255 -> float32 with zero mean and unit variance per channel. As
-    torchvision's, for which the host would wait for the GPU."""
+    """uint8 [.., 3, H, W] in 0..255 -> float32 with zero mean and unit variance per channel. The
+    same as torchvision's normalize, but the host does not wait for the GPU."""
     mean, std = (torch.tensor(values)[:, None, None].to(image.device, non_blocking=True)
                  for values in (IMAGENET_MEAN, IMAGENET_STD))
     return (tvf.to_dtype(image, torch.float32, scale=True) - mean) / std
@@ -92,7 +92,7 @@ def random_shift(image, mask, pixels, rng):
 
 def colour_jitter(image, rng, factor, hue):
     """Brightness, contrast and saturation times U(1 - factor, 1 + factor), hue turned by
-    U(-hue, hue), in random order. Image: tensor, or of Pillow, which takes a third of the time."""
+    U(-hue, hue), in random order. image: a tensor, or a Pillow image, which is 3 times as fast."""
     adjust = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
     amount = [*rng.uniform(1 - factor, 1 + factor, 3), rng.uniform(-hue, hue)]
     for i in rng.permutation(4):

@@ -31,7 +31,7 @@ def adversarial(z, logits_of, rng, xi=0.1, eps=2.0, released=False):
 
 
 def unit(d, released=False):
-    """Scale every sample to length 1, by its largest entry first: squares of tiny ones underflow.
+    """Scale every sample to length 1. Divides by the largest entry first: tiny squares underflow.
     released: as the code, with 1e-8 added to the length"""
     dims = tuple(range(1, d.dim()))
     if released:
@@ -41,8 +41,8 @@ def unit(d, released=False):
 
 
 def input_vat(net, x, rng, xi=0.1, eps=2.0, **arguments):
-    """VAT: x + r_adv and the clean prediction p. Batch normalisation in training mode uses the
-    batch, and learns nothing. arguments: of net, beside x."""
+    """VAT: -> (x + r_adv, the clean prediction p). Batch normalisation uses the batch's statistics,
+    but does not update the running ones. arguments: further ones of net."""
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     for norm in norms:
         norm.track_running_stats = False

@@ -28,8 +28,8 @@ PUBLISHED = {"train": (367, "faa172fc261502c9"), "val": (101, "db22ee14e4a288b0"
 
 
 def open_camvid(root):
-    """A split's images are those of its list (train.txt) if there is one, else of its folder, and
-    of Cambridge's archives, which have no such folders, those of the published lists."""
+    """Images of a split: those in its list (train.txt), if there is one; else those in its folder;
+    in Cambridge's archives, which have no folders of splits, see _split_of."""
     bases = (root, root / "CamVid", root / "camvid")
     folder = find_folder(bases, ("trainannot", "train_labels", "LabeledApproved_full"))
     base = folder.parent

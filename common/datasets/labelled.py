@@ -20,7 +20,7 @@ def choose_labelled(data, labeled, split_file, seed):
     the first are kept as data.labelled.
 
     labeled: `all`; a count; or a fraction of the images that have a mask, rounded up (1/8 of 10582:
-    1323). Drawn are the first of RandomState(seed).permutation.
+    1323). The first images of RandomState(seed).permutation are labelled.
     voc: `1464` is VOC's own train list, and counts up to its length are drawn from it, as CCT draws
     its pixel labels; larger counts, and fractions, are drawn from all of trainaug.
     split_file: a list of the labelled images, instead of `labeled`; or (.pkl, .pickle) a
@@ -98,10 +98,10 @@ def read_list(path, data):
 
 
 def _is_its_mask(path, key, own, pattern):
-    """Is it the mask of own, {key: path}, or (VOC's lists of a class: -1, 0, 1) no path at all?"""
+    """Is `path` the mask of `key` in own, {key: path}, or a -1, 0 or 1 of VOC's class lists?"""
     if pattern and path in ("-1", "0", "1"):
         return True
-    mask = str(own[key])  # SUN's number is not the key's
+    mask = str(own[key])  # in SUN RGB-D its number may differ from the key's
     if os.path.isabs(path) and os.path.exists(path):  # else it is a path of another machine
         return os.path.realpath(path) == os.path.realpath(mask)
     same_name = pattern and os.path.basename(path) == os.path.basename(mask)
@@ -109,7 +109,7 @@ def _is_its_mask(path, key, own, pattern):
 
 
 def find_key(path, pattern, known):
-    """The known key that a path means, or None: what has the pattern, else its longest tail."""
+    """The known key in a path, or None: what fits the pattern; without one, the longest end."""
     if pattern:
         found = ["/".join(match.groups()) or match[0] for match in re.finditer(pattern, path)]
         others = [key for key in found[:-1] if key in known and key != found[-1]]

@@ -47,7 +47,7 @@ class Split:
         keys: of a list, by default those of all images. UserError if images lack some of them."""
         self.keys = sorted(images if keys is None else set(keys))
         if lost := [key for key in self.keys if key not in images]:
-            folder = os.path.dirname(next(iter(images.values()), "no folder with images"))
+            folder = os.path.dirname(next(iter(images.values()), "no image found/"))
             raise UserError(f"{folder}: {len(lost)} of {len(self.keys)} listed images are missing "
                             f"({few(lost)}); unpack their archive again")
         self.images = [images[key] for key in self.keys]
@@ -197,10 +197,10 @@ def _opened(path, what):
 
 
 def read_image(path):
-    """uint8 [H, W, 3], RGB, as stored: EXIF turns masks neither. UserError names the file."""
+    """uint8 [H, W, 3], RGB, not rotated by EXIF, like masks. UserError names the file."""
     with _opened(path, "an image") as picture:
         if picture.mode in ("I", "F"):
-            raise ValueError(f"{picture.mode} is for numbers of any size; expected 8 or 16 bits")
+            raise ValueError(f"mode {picture.mode} has 32 bits; expected 8 or 16 bits")
         if picture.mode.startswith("I;16"):
             gray = np.round(np.array(picture) / 257).astype(np.uint8)  # 65535 / 255
             return np.stack([gray] * 3, 2)

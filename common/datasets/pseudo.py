@@ -16,13 +16,13 @@ def mask_path(folder, split, i):
 
 
 def read_mask(path, shape, num_classes):
-    """A pseudo-mask, uint8 [H, W]. UserError if it is not there, of other classes, or not of this
-    shape; None: of any."""
+    """uint8 [H, W]. UserError if the file is missing, or classes or shape (None: any) are wrong."""
     try:
         mask = np.array(Image.open(path))
     except (OSError, SyntaxError) as error:  # Pillow's errors for missing and damaged files
         raise UserError(f"{path}: expected a pseudo-mask that can be read ({error})") from error
-    fits = (shape is None or mask.shape == shape) and mask.dtype == np.uint8
+    shape = mask.shape if shape is None else tuple(shape)
+    fits = mask.shape == shape and mask.dtype == np.uint8
     if not fits or ((mask >= num_classes) & (mask != IGNORE)).any():
         raise UserError(f"{path}: expected 8-bit ids 0..{num_classes - 1} of (height, width) = "
                         f"{shape}, found {mask.dtype} {mask.shape} up to {mask.max()}")
@@ -49,8 +49,8 @@ class PseudoLabelled:
         return read_mask(self.path(i), None, self.num_classes).numpy()
 
     def write(self, make, indices, workers, ctx):
-        """Call make(i), which writes path(i), for all images that lack theirs: shared out over the
-        processes, and in each over so many threads, which share its device."""
+        """Call make(i), which writes path(i), for each of `indices` whose file is missing. The
+        images are divided among the processes, and in each among `workers` threads."""
         missing = [i for i in indices[ctx.rank::ctx.world] if not self.path(i).exists()]
         for parent in {self.path(i).parent for i in missing}:
             parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ class PseudoLabelled:
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for first in range(0, len(missing), 100):
                 list(pool.map(make, missing[first:first + 100]))  # raises what went wrong
-                done = min(first + 100, len(missing)) / len(missing)  # like that of all processes
+                done = min(first + 100, len(missing)) / len(missing)  # of this process
                 ctx.say(f"pseudo-labels: {100 * done:.0f} % written")
         ctx.barrier()
 

@@ -20,7 +20,7 @@ class Tagged:
 
     def __init__(self, data, labelled, path="", always=(), needed=None):
         """labelled: indices of images whose masks may be opened; without a file, all may.
-        always: classes that images have without a word of the file, such as the background.
+        always: classes that are added to every line of the file, such as the background.
         needed: indices of images that must have tags, by default all.
         Raises UserError if the file is wrong, or such an image has no tags."""
         self.split = data.train
