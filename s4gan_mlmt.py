@@ -30,7 +30,7 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       --stride-on 3x3. Of COCO weights the code restores the classifier too, we the ResNet alone.
   D4  VOC is flipped and scaled by 0.5 to 1.6 (the code's range, off by default). As in the code,
       PASCAL-Context is scaled by about 0.7 to 2.7, but not blurred, and scored on the central
-      512x512. Its padding is background in the code, ignored here: --pad-label 0.
+      512x512. Padding is background in the code, ignored here. The code's Cityscapes batch is 8.
   D5  Eq. 1 and 3 are sums; the code and we take means, in Eq. 3 over the images that pass. An image
       passes if D >= gamma in the paper and here, if D > gamma in the code.
   D6  D has dropout after all four convolutions in the paper; the code and we drop channels after
@@ -39,7 +39,7 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       by the range of another batch. As in the code, only true maps are 0 at ignored pixels.
   D8  Eq. 2 leaves the norm open, Eq. 5 the factor: L1 with a mean, and 1/2, as in the code.
   D9  As in the code, D's score that selects images for L_st is computed before D's update, with
-      dropout (without: --gate-eval); in step 0 no image is selected. Its Cityscapes batch is 8.
+      dropout (without: --gate-eval); in step 0 no image is selected.
   D10 Eq. 6 prints a softmax cross-entropy, which allows one class per image: sigmoids, as in the
       code. L_cons is the paper's; the code's is --cons cosine --cons-on unlabelled. Its ramp, the
       optimiser and the views of branch B are the code's; the paper gives none.
@@ -149,7 +149,7 @@ class Config(BaseConfig):
 
     scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1",
                                         within=(0.01, 100), group="augmentation", needs=A)
-    pad_label: int = option(255, "label of the padding of images smaller than --crop (D4)",
+    pad_label: int = option(255, "label of the padding of images smaller than --crop (code: 0, D4)",
                             within=(0, 255), needs=A | dict(crop=ANY))
     shift: int = option(0, "random shift of up to this many pixels", within=(0, 10000), needs=A)
     eval_pad: Size | None = option(None, "pad scored images to this size", needs=A, scoring=True)

@@ -101,8 +101,8 @@ class RunFolder:
                                         f"another folder with --out")
                     if domain["labelled"] != data.labelled:
                         raise UserError(f"{self.path / 'last.pt'} was trained with other labelled "
-                                        f"images than those that --split lists now: choose another "
-                                        f"folder with --out")
+                                        f"images: since then the list of --split, or the masks in "
+                                        f"--root, have changed; choose another folder with --out")
                 step, self.best, self.best_step = state["step"], state["best"], state["best_step"]
                 for name, part in self.parts.items():
                     if isinstance(part, torch.Tensor):

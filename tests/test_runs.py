@@ -198,7 +198,7 @@ def test_split_list_that_has_changed_is_told(bare, tmp_path, script):
         run_here(script, *bare[script], "--steps", 1, "--supervised", "--split", tmp_path / "order.pkl",
                  "--out", tmp_path / "run")
     run([*range(9)])
-    with pytest.raises(UserError, match="trained with other labelled images than those that --split lists"):
+    with pytest.raises(UserError, match="other labelled images: since then the list of --split"):
         run([1, 2, 3, 4, 5, 0, 6, 7, 8])
 
 
