@@ -52,10 +52,10 @@ def prediction_panel(rows, palette, names, titles=("image", "truth", "prediction
     """
     font = ImageFont.load_default(16)
     widths = [ImageOps.contain(Image.fromarray(image), CELL).width for image, *_ in rows]
-    cell = max(100, *widths), CELL[1]
     entries = [*zip(names, np.asarray(palette).tolist(), strict=True), ("ignored", VOID)]
     entry = math.ceil(max(font.getlength(name) for name, _ in entries)) + 40  # swatch and space
-    width = max(len(titles) * (cell[0] + GAP), entry) + GAP
+    cell = max(100, entry // len(titles), *widths), CELL[1]
+    width = len(titles) * (cell[0] + GAP) + GAP
     lines = math.ceil(len(entries) / (width // entry))
     legend = LINE + len(rows) * (cell[1] + GAP)  # its upper edge
     panel = Image.new("RGB", (width, legend + lines * LINE), "white")
@@ -74,6 +74,32 @@ def prediction_panel(rows, palette, names, titles=("image", "truth", "prediction
         draw.rectangle((x, y, x + 16, y + 16), tuple(rgb), "gray")
         draw.text((x + 24, y + 8), name, "black", font, "lm")
     return panel
+
+
+def join_panels(panels, titles):
+    """The first panel, and to its right the predictions of the others -> PIL image
+
+    panels: pictures by prediction_panel, three columns wide; titles: one for each prediction.
+    Raises ValueError if they show different images.
+    """
+    first = panels[0]
+    column = (first.width - GAP) // 3
+    lines = next(n for n in range(first.height)  # of the legend: whole rows are left above it
+                 if (first.height - (1 + n) * LINE) % (CELL[1] + GAP) == 0)
+    bottom = first.height - lines * LINE
+    images_and_truth = GAP, LINE, 2 * column, bottom
+    joined = Image.new("RGB", (first.width + (len(panels) - 1) * column, first.height), "white")
+    joined.paste(first)
+    draw = ImageDraw.Draw(joined)
+    font = ImageFont.load_default(16)
+    for i, (panel, title) in enumerate(zip(panels, titles, strict=True), 2):
+        if panel.crop(images_and_truth).tobytes() != first.crop(images_and_truth).tobytes():
+            raise ValueError("these panels show different images")
+        x = GAP + i * column
+        joined.paste("white", (x, 0, x + column, LINE))
+        joined.paste(panel.crop((GAP + 2 * column, LINE, 3 * column, bottom)), (x, LINE))
+        draw.text((x + (column - GAP) // 2, LINE // 2), title, "black", font, "mm")
+    return joined
 
 
 def short(value):

@@ -2,6 +2,7 @@
 
 python -m common.summary runs/cct-camvid-*                 a table; --markdown: for a README
 python -m common.summary runs/cct-camvid-* --plot labeled  and a picture of mIoU over --labeled
+python -m common.summary runs/*-seed0* --panel             and one of what each row predicts
 
 A row holds the finished runs that differ only in --seed and in flags of the machine (--workers,
 ..). Its first columns are the settings that differ between runs of one script and dataset, and
@@ -19,10 +20,12 @@ from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 
+from PIL import Image
+
 from common import checkpoint
 from common.command_line import run
 from common.log import read_rows
-from common.pictures import line_plot, short
+from common.pictures import join_panels, line_plot, save_picture, short
 from common.settings import BaseConfig, UserError, kinds_of, say, show
 
 FIRST = ("script", "data", "labeled", "split", "supervised")
@@ -158,6 +161,12 @@ def table(names, groups):
     return rows
 
 
+def in_words(settings):
+    """{name: value}, as a line of a plot and a column of a panel are called"""
+    words = [f"{name} {value}" for name, value in settings.items() if value != "-"]
+    return ", ".join(LEGEND.get(word, word).removeprefix("script ") for word in words)
+
+
 def plot(names, groups, x, path):
     """Write a picture of mIoU over the setting x, a line for each combination of the others."""
     groups = {values: runs for values, runs in groups.items() if "mIoU" in runs[0].scores}
@@ -173,8 +182,7 @@ def plot(names, groups, x, path):
     for values, runs in groups.items():
         settings = dict(zip(names, values))
         place = places[settings.pop(x)]
-        words = [f"{name} {value}" for name, value in settings.items() if value != "-"]
-        line = ", ".join(LEGEND.get(word, word) for word in words) or runs[0].settings["script"]
+        line = in_words(settings) or runs[0].settings["script"]
         for score, name in dict(mIoU=line, fused=f"{line}, fused with MLMT").items():
             if all(score in one.scores for one in runs):
                 lines.setdefault(name, []).append((place, *mean_and_std(runs, score)))
@@ -182,16 +190,38 @@ def plot(names, groups, x, path):
               "labelled images" if x == "labeled" else x, dict(zip(places.values(), places)))
 
 
+def panel(names, groups, path):
+    """Write a picture of some scored images, their truth, and what a run of each row predicts."""
+    panels, titles = [], []
+    for values, (one, *_) in groups.items():
+        settings = dict(zip(names, values))
+        first = {name: settings[name] for name in FIRST if name in settings}
+        titles.append(in_words(first or settings) or one.settings["script"])
+        file = Path(one.path, "predictions.png")
+        if not file.is_file():
+            raise UserError(f"--panel: expected {file}, as a run on one dataset writes it")
+        with Image.open(file) as picture:
+            panels.append(picture.convert("RGB"))
+    if not panels:
+        raise UserError("--panel: expected finished runs")
+    try:
+        save_picture(join_panels(panels, titles), path)
+    except ValueError as error:
+        raise UserError(f"--panel: {error}; expected runs on one dataset, scored alike") from error
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(prog="python -m common.summary", allow_abbrev=False,
                                      description=__doc__.partition("\n\n")[0])
     parser.add_argument("folders", nargs="+", metavar="RUN", help="run folders: runs/cct-camvid-*")
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
-    parser.add_argument("--plot", metavar="SETTING", help="draw mIoU over it, such as k or labeled")
-    parser.add_argument("--out", metavar="FILE", help="picture of --plot [summary.png]")
+    picture = parser.add_mutually_exclusive_group()
+    picture.add_argument("--plot", metavar="SETTING", help="draw mIoU over it: k, labeled, ..")
+    picture.add_argument("--panel", action="store_true", help="join the rows' predictions.png")
+    parser.add_argument("--out", metavar="FILE", help="that picture [summary.png]")
     args = parser.parse_args(argv)
-    if args.out and not args.plot:
-        raise UserError("--out has no effect without --plot")
+    if args.out and not (args.plot or args.panel):
+        raise UserError("--out has no effect without --plot or --panel")
     folders = {Path(folder).resolve(): folder for folder in args.folders}  # each of them once
     runs = [read_run(folder) for folder in folders.values()]
     finished = [one for one in runs if not one.running]
@@ -207,9 +237,12 @@ def main(argv=None):
     for one in runs:
         if one.running:
             say(f"{one.path}: unfinished, step {one.running}")
+    path = args.out or "summary.png"
     if args.plot:
-        path = args.out or "summary.png"
         plot(names, groups, args.plot.replace("-", "_"), path)
+    if args.panel:
+        panel(names, groups, path)
+    if args.plot or args.panel:
         say(f"wrote {path}")
 
 

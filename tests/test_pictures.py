@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageColor
 
 from common import pictures
-from common.pictures import VOID, colour, line_plot, prediction_panel, save_mask
+from common.pictures import VOID, colour, join_panels, line_plot, prediction_panel, save_mask
 from common.schedules import RAMPS, draw_ramps
 
 PALETTE = np.array([(0, 0, 0), (200, 10, 20), (30, 40, 250)], np.uint8)
@@ -46,6 +46,27 @@ def test_the_legend_has_the_colour_of_every_class(classes):
     legend = panel.crop((0, pictures.LINE + pictures.CELL[1], *panel.size))
     shown = [colour for count, colour in legend.getcolors(10 ** 6) if count > 14 * 14]
     assert {*map(tuple, palette.tolist()), VOID} <= {*shown}
+
+
+@pytest.mark.parametrize("rows, classes", [(1, 2), (3, 60)])
+def test_joined_panels_show_the_pictures_once_and_every_prediction(rows, classes):
+    palette = np.random.default_rng(0).integers(0, 256, (classes, 3)).astype(np.uint8)
+    image, truth = np.full((128, 240, 3), 90, np.uint8), np.zeros((128, 240), int)
+    panels = [prediction_panel([(image, truth, np.full((128, 240), k))] * rows, palette, ["name"] * classes)
+              for k in (1, 0, 1)]
+    joined = np.array(join_panels(panels, "abc"))
+    one, step, gap = np.array(panels[0]), 480 + pictures.GAP, pictures.GAP
+    assert joined.shape == (one.shape[0], one.shape[1] + 2 * step, 3)
+    top, bottom = pictures.LINE, pictures.LINE + rows * (pictures.CELL[1] + gap)
+    assert (joined[:, :gap + 2 * step] == one[:, :gap + 2 * step]).all()
+    for i, panel in enumerate(panels, 2):
+        column = joined[:, gap + i * step:gap + (i + 1) * step]
+        assert (column[top:bottom] == np.array(panel)[top:bottom, -step:]).all()
+        assert (column[:top] < 100).any()  # its title
+    assert (joined[bottom:, one.shape[1]:] == 255).all()  # there is one legend
+    other = prediction_panel([(image + 1, truth, truth)] * rows, palette, ["name"] * classes)
+    with pytest.raises(ValueError, match="different images"):
+        join_panels([panels[0], other], "ab")
 
 
 def test_a_value_is_drawn_at_its_place_and_one_that_is_not_finite_nowhere(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS
+from PIL import Image
 
 from common import summary
 from common.settings import UserError, to_save
@@ -141,9 +142,26 @@ def test_a_picture_has_a_line_for_each_combination_of_the_other_settings(tmp_pat
     assert seen[1][0][0][1] == {"cct": [(4, 20, 0), (12, 60, 0)]}
 
 
+def test_a_panel_has_a_column_for_each_row_of_the_table(tmp_path, capsys, monkeypatch):
+    for script in SCRIPTS[:2]:
+        for seed, supervised in ((0, False), (1, False), (0, True)):
+            folder = write(tmp_path / f"{script}{seed}{supervised}", script, seed=seed, supervised=supervised)
+            Image.new("RGB", (312, 316)).save(folder / "predictions.png")
+    seen = []
+    draw = summary.join_panels
+    monkeypatch.setattr(summary, "join_panels", lambda *values: (seen.append(values), draw(*values))[1])
+    path = tmp_path / "panel.png"
+    assert printed(capsys, *tmp_path.iterdir(), "--panel", "--out", path)[-1] == f"wrote {path}"
+    assert seen[0][1] == [f"{script}, {kind}" for script in sorted(SCRIPTS[:2])
+                          for kind in ("semi-supervised", "supervised")]
+    assert Image.open(path).width == 312 + 3 * 100  # columns of 100 pixels
+
+
 @pytest.mark.parametrize("arguments, said", [
     (["nothing-*"], "nothing-\\* is no run folder: expected config.json"),
-    (["a", "--out", "x.png"], "--out has no effect without --plot"),
+    (["a", "--out", "x.png"], "--out has no effect without --plot or --panel"),
+    (["a", "--panel"], "--panel: expected a/predictions.png"),
+    (["b", "other", "--panel"], "--panel: these panels show different images; expected runs on one dataset"),
     (["a", "b", "--plot", "colour"], "--plot colour: expected a setting that differs .* differ: k$"),
     (["a", "--plot", "k"], "differ: none$"), (["lines"], "lines/log.csv: expected .*lines of equal length"),
     (["words"], "words has a file that is damaged"), (["list"], "list has a file that is damaged"),
@@ -152,6 +170,9 @@ def test_what_is_wrong_is_said_in_one_sentence(tmp_path, monkeypatch, arguments,
     monkeypatch.chdir(tmp_path)
     for k, name in enumerate(("a", "b", "lines", "words", "list", "half", "older")):
         write(tmp_path / name, k=k + 1)
+    write(tmp_path / "other", k=9)
+    for name, colour in (("b", "red"), ("other", "blue")):
+        Image.new("RGB", (312, 316), colour).save(tmp_path / name / "predictions.png")
     (tmp_path / "lines/log.csv").write_text(TITLES + "1,2\n")
     (tmp_path / "words/log.csv").write_text(TITLES + "1,a,,,,\n")
     (tmp_path / "list/config.json").write_text("[]")
