@@ -7,7 +7,7 @@ DCRS keeps pixels of which the teacher is sure, by a moving threshold per class;
 must match it. InfoNCE on pixel embeddings pulls classes apart. Only DeepLabv2 is used at inference.
 
 Map (paper -> this file)
-  Eq. 1 L_sup                   cross_entropy           Sec. 3.2, 4.1 A, A^     Augment, photometry
+  Eq. 1 L_sup                   cross_entropy           Sec. 3.2, 4.1 A, A^     augment, photometry
   Eq. 2 L_consist               consistency             Sec. 3.3 hard anchors   sample
   Eq. 3, 5 L_contrast           contrastive, contrast   Sec. 3.4 DCRS           confident_pixels
   Eq. 4 CutMix                  boxes, pairing, swap    Sec. 4.1 lambda_1       consistency_weight
@@ -406,42 +406,35 @@ def consistency_weight(step, cfg):
 
 # ---------------------------------------------------------------------- data (Sec. 4.1)
 
-class Augment:
-    """Training transform: the weak view of a labelled image, or two views of an unlabelled one."""
-
-    def __init__(self, cfg, labelled):
-        self.cfg = cfg
-        self.labelled = labelled
-
-    def __call__(self, image, mask, rng):
-        """-> (image, mask), or ((teacher's view, student's view, valid bool [H, W]), None)"""
-        cfg = self.cfg
-        image, mask = T.to_tensors(image, mask)
-        scale = float(rng.choice(cfg.scales))
-        size = cfg.size or image.shape[1:]
-        if cfg.long_side:
-            scale = scale * cfg.long_side / max(image.shape[1:])
-        image, mask = T.resize(image, mask, [max(1, round(side * scale)) for side in size])
-        if not self.labelled:
-            mask = torch.zeros(image.shape[1:], dtype=torch.uint8)  # invented pixels become 255
-            image, mask = rotate(image, mask, cfg.rotate, rng)
-        if cfg.crop:
-            image, mask = T.pad_to(image, mask, cfg.crop)
-            image, mask = T.random_crop(image, mask, cfg.crop, rng)
-        if cfg.flip:
-            image, mask = T.random_flip(image, mask, rng)
-        if self.labelled:
-            image, mask = rotate(image, mask, cfg.rotate, rng)
-            return image, mask
-        x_t = photometry(image, cfg.teacher_aug, rng)
-        x_s = photometry(image, cfg.student_aug, rng)
-        return (x_t, x_s, mask != T.IGNORE), None
+def augment(cfg, labelled, image, mask, rng):
+    """Training transform: the weak view of a labelled image -> (image, mask), or two views of an
+    unlabelled one -> ((teacher's view, student's view, valid bool [H, W]), None)"""
+    image, mask = T.to_tensors(image, mask)
+    scale = float(rng.choice(cfg.scales))
+    size = cfg.size or image.shape[1:]
+    if cfg.long_side:
+        scale = scale * cfg.long_side / max(image.shape[1:])
+    image, mask = T.resize(image, mask, [max(1, round(side * scale)) for side in size])
+    if not labelled:
+        mask = torch.zeros(image.shape[1:], dtype=torch.uint8)  # invented pixels become 255
+        image, mask = rotate(image, mask, cfg.rotate, rng)
+    if cfg.crop:
+        image, mask = T.pad_to(image, mask, cfg.crop)
+        image, mask = T.random_crop(image, mask, cfg.crop, rng)
+    if cfg.flip:
+        image, mask = T.random_flip(image, mask, rng)
+    if labelled:
+        return rotate(image, mask, cfg.rotate, rng)
+    x_t = photometry(image, cfg.teacher_aug, rng)
+    x_s = photometry(image, cfg.student_aug, rng)
+    return (x_t, x_s, mask != T.IGNORE), None
 
 
 def streams(data, labelled, unlabelled, step, cfg, ctx):
     """-> endless iterators, from this step on, of (images [B, 3, H, W], masks) and of views"""
-    stream_l = Stream(data.train, labelled, Augment(cfg, True), cfg.seed, "labelled", True)
-    stream_u = Stream(data.train, unlabelled, Augment(cfg, False), cfg.seed, "unlabelled", False)
+    weak, two_views = partial(augment, cfg, True), partial(augment, cfg, False)
+    stream_l = Stream(data.train, labelled, weak, cfg.seed, "labelled", True)
+    stream_u = Stream(data.train, unlabelled, two_views, cfg.seed, "unlabelled", False)
     share = ctx.share(cfg.batch)
     batches_u = endless(stream_u, share, max(step - burn_in_end(cfg), 0), cfg.workers, ctx)
     return endless(stream_l, share, step, cfg.workers, ctx), batches_u
@@ -462,7 +455,6 @@ def evaluate(net, others, data, cfg, ctx):
     network}.
     -> (ConfusionMatrix of net, {column: mIoU of the others}, rows of the panel)"""
     nets = dict(miou=net) | others
-    modes = {name: network.training for name, network in nets.items()}
     for network in nets.values():
         network.eval()
     confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in nets}
@@ -475,9 +467,9 @@ def evaluate(net, others, data, cfg, ctx):
             confusions[name].update(prediction, y)
             if network is net:
                 examples.add(x, y, prediction)
-    for name, network in nets.items():
-        confusions[name].reduce()
-        network.train(modes[name])
+    for confusion in confusions.values():
+        confusion.reduce()
+    net.train()
     return confusions["miou"], {name: confusions[name].miou() for name in others}, examples.rows
 
 

@@ -543,32 +543,26 @@ def ramped_weight(final, step, cfg):
 
 # ---------------------------------------------------------------------- data (Sec. 4.2, 4.3)
 
-class Augment:
+def augment(cfg, image, mask, rng):
     """Training transform, the same for labelled and unlabelled images."""
-
-    def __init__(self, cfg):
-        self.cfg = cfg
-
-    def __call__(self, image, mask, rng):
-        cfg = self.cfg
-        image, mask = T.to_tensors(image, mask)
-        if cfg.long_side:
-            low, high = (int(cfg.long_side * s) for s in cfg.scale)
-            image, mask = T.resize_long_side(image, mask, int(rng.integers(low, high + 1)))
-        elif cfg.size:
-            image, mask = T.resize(image, mask, cfg.size)
-        if cfg.crop:
-            image, mask = T.pad_to(image, mask, cfg.crop)
-            image, mask = T.random_crop(image, mask, cfg.crop, rng)
-        if cfg.shift:
-            image, mask = T.random_shift(image, mask, cfg.shift, rng)
-        if cfg.flip:
-            image, mask = T.random_flip(image, mask, rng)
-        return image, mask
+    image, mask = T.to_tensors(image, mask)
+    if cfg.long_side:
+        low, high = (int(cfg.long_side * s) for s in cfg.scale)
+        image, mask = T.resize_long_side(image, mask, int(rng.integers(low, high + 1)))
+    elif cfg.size:
+        image, mask = T.resize(image, mask, cfg.size)
+    if cfg.crop:
+        image, mask = T.pad_to(image, mask, cfg.crop)
+        image, mask = T.random_crop(image, mask, cfg.crop, rng)
+    if cfg.shift:
+        image, mask = T.random_shift(image, mask, cfg.shift, rng)
+    if cfg.flip:
+        image, mask = T.random_flip(image, mask, rng)
+    return image, mask
 
 
 def classifier_settings(cfg):
-    """Settings of Augment for the classifier of tags (Sec. 3.3). With --long-side and --crop, as in
+    """Settings of augment for the classifier of tags (Sec. 3.3). With --long-side and --crop, as in
     the code: a longer side of 0.8 to 1.6 times --long-side, and crops of 1.6 times --crop."""
     if not (cfg.long_side and cfg.crop):
         return cfg
@@ -582,8 +576,9 @@ def streams(domain, step, ctx):
     cfg = domain.cfg
     train = domain.data.train
     number = domain.number or ""
-    stream_l = Stream(train, domain.labelled, Augment(cfg), cfg.seed, f"labelled{number}", True)
-    stream_u = Stream(domain.pseudo or train, domain.unlabelled, Augment(cfg), cfg.seed,
+    transform = partial(augment, cfg)
+    stream_l = Stream(train, domain.labelled, transform, cfg.seed, f"labelled{number}", True)
+    stream_u = Stream(domain.pseudo or train, domain.unlabelled, transform, cfg.seed,
                       f"unlabelled{number}", cfg.weak)
     share = ctx.share(cfg.batch)
     return [endless(stream, share, step, cfg.workers, ctx) for stream in (stream_l, stream_u)]
@@ -745,8 +740,8 @@ def prepare(domains, folder, ctx):
         about["own"] = {name: getattr(cfg, name) for name in (*PRESET_OF_EACH, *GIVEN_FOR_EACH)}
         if cfg.weak:
             part = folder.part("weak" if len(domains) == 1 else f"weak-{domain.name}")
-            augment = Augment(classifier_settings(cfg))
-            domain.pseudo = weak_labels(domain, augment, part, ctx)
+            transform = partial(augment, classifier_settings(cfg))
+            domain.pseudo = weak_labels(domain, transform, part, ctx)
         domain.data = cached(domain.data, cfg.size, cfg, ctx)
         if cfg.weak:
             domain.pseudo.split = domain.data.train  # so that its images are cached, too

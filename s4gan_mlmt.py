@@ -114,9 +114,9 @@ class Config(BaseConfig):
                          ("s4gan", "mlmt", "both"), group="branches", free=True)
     classifier: str = option("", "fuse S with the classifier of this file", free=True, scoring=True)
     tau: float = option(0.2, "fusion removes classes of at most this probability (Eq. 7)",
-                        within=(0, 1), needs=dict(branch="both"), scoring=True)
+                        within=(0, 1), scoring=True)
     background: tuple[int, ...] = option((0,), "ids of classes that are never removed, or none",
-                                         within=(0, 254), needs=B, scoring=True)
+                                         within=(0, 254), scoring=True)
     heuristics: int = option(0, "remove classes of fewer than N, 2N, .. 12N pixels (Table 5)",
                              within=(0, 10**9), needs=dict(evaluate=ANY), free=True, scoring=True)
 
@@ -205,8 +205,9 @@ RELEASED = (  # files of the authors' code: S; a classifier
     dict(names={r"layer5\.conv2d_list\.([01])": r"net.head.branches.\1", "layer5": None,  # D1
                 BODY: r"net.body.\1."}, classes="net.head.branches.0.weight"),
     dict(names={"fc": "fc", BODY: r"body.\1."}, classes="fc.weight", part="mlmt"))
-OF_B = [field.name for field in fields(Config)  # may change until branch B has begun
-        if field.metadata["needs"].get("branch") in (B["branch"], "both")]
+OF_B = ["tau", "background"]  # may change until branch B has begun
+OF_B += [field.name for field in fields(Config)
+         if field.metadata["needs"].get("branch") == B["branch"]]
 
 
 def settle(cfg, given):
@@ -216,6 +217,10 @@ def settle(cfg, given):
     check_needs(given, cfg)
     if cfg.classifier:
         raise UserError("--classifier works with --evaluate or --predict only")
+    if "tau" in given and cfg.branch != "both" or "background" in given and cfg.branch == "s4gan":
+        raise UserError(f"--tau and --background have no effect with --branch {cfg.branch}")
+    if cfg.network == "deeplabv3plus" and given.get("backbone_layers", 4) < 4:
+        raise UserError("--network deeplabv3plus has all 4 layers: drop --backbone-layers")
     if cfg.head_lr_mult is None:
         cfg.head_lr_mult = 1.0 if cfg.weights == "none" else 10.0
     cfg.out = cfg.out or run_name("s4gan_mlmt", cfg, given)
@@ -370,57 +375,46 @@ def mlmt_lr(epoch, cfg):
 
 # ---------------------------------------------------------------------- data (Sec. 4.1)
 
-class Augment:
+def augment(cfg, image, mask, rng):
     """Training transform of branch A, the same for labelled and unlabelled images."""
-
-    def __init__(self, cfg):
-        self.cfg = cfg
-
-    def __call__(self, image, mask, rng):
-        cfg = self.cfg
-        image, mask = T.to_tensors(image, mask)
-        if cfg.size:
-            image, mask = T.resize(image, mask, cfg.size)
-        low, high = cfg.scale
-        scale = low + 0.1 * int(rng.integers(round((high - low) / 0.1) + 1))
-        image, mask = T.resize(image, mask, [round(side * scale) for side in image.shape[1:]])
-        if cfg.crop:
-            image, mask = T.pad_to(image, mask, cfg.crop, cfg.pad_label)
-            image, mask = T.random_crop(image, mask, cfg.crop, rng)
-        if cfg.shift:
-            image, mask = T.random_shift(image, mask, cfg.shift, rng)
-        if cfg.flip:
-            image, mask = T.random_flip(image, mask, rng)
-        return image, mask
+    image, mask = T.to_tensors(image, mask)
+    if cfg.size:
+        image, mask = T.resize(image, mask, cfg.size)
+    low, high = cfg.scale
+    scale = low + 0.1 * int(rng.integers(round((high - low) / 0.1) + 1))
+    image, mask = T.resize(image, mask, [round(side * scale) for side in image.shape[1:]])
+    if cfg.crop:
+        image, mask = T.pad_to(image, mask, cfg.crop, cfg.pad_label)
+        image, mask = T.random_crop(image, mask, cfg.crop, rng)
+    if cfg.shift:
+        image, mask = T.random_shift(image, mask, cfg.shift, rng)
+    if cfg.flip:
+        image, mask = T.random_flip(image, mask, rng)
+    return image, mask
 
 
-class TwoViews:
+def two_views(cfg, strong, image, tags, rng):
     """Training transform of branch B -> ((student's view, teacher's), z [C]: the image's tags)
 
     Weak view: flip. Strong view, the student's of unlabelled images: jitter, flip and blur."""
-
-    def __init__(self, cfg, strong):
-        self.cfg = cfg
-        self.strong = strong
-
-    def __call__(self, image, tags, rng):
-        image, z = T.to_tensors(image, tags)
-        image, _ = T.resize(image, None, self.cfg.mlmt_size)
-        teacher, _ = T.random_flip(image, None, rng)
-        if self.strong:
-            picture = T.colour_jitter(tvf.to_pil_image(image), rng, 0.4, 0.1)
-            sigma = rng.uniform(*self.cfg.mlmt_blur)
-            image = tvf.pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma)))
-        student, _ = T.random_flip(image, None, rng)
-        return (student, teacher), z
+    image, z = T.to_tensors(image, tags)
+    image, _ = T.resize(image, None, cfg.mlmt_size)
+    teacher, _ = T.random_flip(image, None, rng)
+    if strong:
+        picture = T.colour_jitter(tvf.to_pil_image(image), rng, 0.4, 0.1)
+        sigma = rng.uniform(*cfg.mlmt_blur)
+        image = tvf.pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma)))
+    student, _ = T.random_flip(image, None, rng)
+    return (student, teacher), z
 
 
 def streams(data, labelled, unlabelled, step, cfg, ctx):
     """-> endless iterators, from this step on, of (images [B, 3, H, W], masks), of images, and of
     (images, masks) whose true maps D sees, drawn independently of the first"""
-    stream_l = Stream(data.train, labelled, Augment(cfg), cfg.seed, "labelled", True)
-    stream_u = Stream(data.train, unlabelled, Augment(cfg), cfg.seed, "unlabelled", False)
-    stream_r = Stream(data.train, labelled, Augment(cfg), cfg.seed, "real", True)
+    transform = partial(augment, cfg)
+    stream_l = Stream(data.train, labelled, transform, cfg.seed, "labelled", True)
+    stream_u = Stream(data.train, unlabelled, transform, cfg.seed, "unlabelled", False)
+    stream_r = Stream(data.train, labelled, transform, cfg.seed, "real", True)
     share = ctx.share(cfg.batch)
     return [endless(stream, share, step, cfg.workers, ctx)
             for stream in (stream_l, stream_u, stream_r)]
@@ -547,11 +541,12 @@ def train(cfg):
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or labelled  # all are labelled: every stream has all of them
     check_classes("background", cfg.background, data)
+    check_classes("pad-label", {cfg.pad_label} - {T.IGNORE}, data)
     needed = None if cfg.weak else labelled
     tagged = Tagged(data, labelled, cfg.tags, cfg.background, needed)  # errors come before branch A
-    if cfg.branch == "both" and not cfg.supervised:  # errors come now, not after branch A
+    if cfg.branch == "both":  # errors come now, not after branch A
         ctx.share(cfg.mlmt_batch, "--mlmt-batch")
-        ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u")
+        ctx.share(0 if cfg.supervised else cfg.mlmt_batch_u, "--mlmt-batch-u")
     begun = (Path(cfg.out) / "mlmt/last.pt").exists()
     folder = RunFolder("s4gan_mlmt", cfg, ctx, data, free=() if begun else OF_B)
     data = cached(data, cfg.size, cfg, ctx)
@@ -695,8 +690,9 @@ def train_mlmt(data, tagged, labelled, unlabelled, folder, cfg, ctx):
     step = folder.resume(cfg.mlmt_batch + semi * cfg.mlmt_batch_u, steps, net=classifier,
                          student=student, optimizer=optimizer, scaler=ctx.scaler)
     wrapped = ctx.wrap(student, cfg.compile)
-    stream_l = Stream(tagged, labelled, TwoViews(cfg, False), cfg.seed, "mlmt labelled", True)
-    stream_u = Stream(tagged, unlabelled, TwoViews(cfg, True), cfg.seed, "mlmt unlabelled", False)
+    weak, strong = partial(two_views, cfg, False), partial(two_views, cfg, True)
+    stream_l = Stream(tagged, labelled, weak, cfg.seed, "mlmt labelled", True)
+    stream_u = Stream(tagged, unlabelled, strong, cfg.seed, "mlmt unlabelled", False)
     share_l = ctx.share(cfg.mlmt_batch, "--mlmt-batch")
     share_u = ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u") if semi else 0
     batches_l = endless(stream_l, share_l, step, cfg.workers, ctx)
@@ -790,17 +786,23 @@ def main(argv=None):
     net, cfg, state = open_network(path, parsed, given, ctx)
     classifier = None
     if cfg.classifier:
-        classifier, _, other = open_network(cfg.classifier, parsed, {}, ctx)
+        classifier, of_b, other = open_network(cfg.classifier, parsed, {}, ctx)
         if not isinstance(classifier, Classifier) or other["classes"] != state["classes"]:
             raise UserError(f"--classifier {cfg.classifier} is not a checkpoint of branch B with "
                             f"these classes: expected a file such as runs/.../mlmt/last.pt")
+        cfg.tau = given.get("tau", of_b.tau)  # S may have been trained before these were set
+        cfg.background = given.get("background", of_b.background)
+    elif "tau" in given:
+        raise UserError("--tau has no effect without --classifier")
+    if max(cfg.background, default=0) >= len(state["classes"]):
+        raise UserError(f"--background {max(cfg.background)}: the classes of {path} are 0 to "
+                        f"{len(state['classes']) - 1}")
     if isinstance(net, Classifier) and (cfg.predict or cfg.classifier or cfg.heuristics):
         raise UserError(f"{path} is a classifier, which segments nothing: give a checkpoint of "
                         f"branch A, such as runs/.../last.pt")
     if cfg.evaluate:
         data = open_dataset(cfg.data, cfg.root)
         same_classes(data, state, path)
-        check_classes("background", cfg.background, data)
         result = score(net, classifier, data, cfg, ctx)
         ctx.say(f"{path} (step {state['step']}): {result} on {len(data.val)} "
                 f"{data.scored_on} images")

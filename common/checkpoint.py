@@ -65,7 +65,7 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
     config_class = type(cfg)
     useful = {f.name for f in dataclasses.fields(config_class) if f.metadata["scoring"]}
     if isinstance(state, dict) and "script" not in state:
-        settings = released_settings(config_class, released, cfg.data)
+        settings = released_settings(config_class, released, cfg.data, given)
         found = [of_release(state, table, settings, path, cfg, ctx) for table in tables]
         if any(found):
             state = next(filter(None, found)) | dict(script=script)

@@ -174,6 +174,8 @@ def check_needs(given, *configs):
     if "labeled" in given and all(one.split and not one.split.endswith(PICKLES) for one in configs):
         raise UserError("--labeled has no effect with a list of images in --split: drop one of the "
                         "two")
+    if "size" in given and (config.evaluate or config.predict) and config.eval_size != "train":
+        raise UserError(f"--size has no effect on scoring with --eval-size {config.eval_size}")
     if any(one.eval_size == "train" and not one.size for one in configs):
         raise UserError("--eval-size train scores at --size, which is not set here: give --size, "
                         "or --eval-size full")
@@ -183,7 +185,9 @@ def run_name(script, config, given):
     """Default run folder. Every given setting that matters is in its name, so that no two commands
     collide: runs/cct-voc-1464-seed0-distance=kl"""
     kinds = kinds_of(type(config))
-    labels = [Path(config.split).stem] if config.split else []
+    labels = []
+    if config.split:  # with its folder: published lists are called 92/labeled.txt
+        labels = ["_".join(Path(config.split).with_suffix("").parts[-2:])]
     if not labels or "labeled" in given:
         labels.append(config.labeled)
     words = [script, config.data, *labels, f"seed{config.seed}"]

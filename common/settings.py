@@ -51,7 +51,8 @@ class BaseConfig:
     steps: int | None = option(None, "training steps", within=POSITIVE, replaces="epochs")
     out: str = option("", "run folder [runs/<script>-<data>-<labeled>-seed<k>-<settings>]; the "
                           "same command resumes the run in it", free=True, scoring=True)
-    evaluate: str = option("", "score this checkpoint and exit", free=True, scoring=True)
+    evaluate: str = option("", "score this checkpoint and exit", free=True, scoring=True,
+                           replaces="predict")
     predict: str = option("", "write palette PNGs of --images with this checkpoint and exit",
                           free=True, scoring=True)
     images: str = option("", "folder of images for --predict", needs=dict(predict=ANY), free=True,

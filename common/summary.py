@@ -14,16 +14,17 @@ evaluations included.
 """
 import argparse
 import json
-import statistics
 import sys
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from common import checkpoint
 from common.command_line import run
+from common.datasets.labelled import PICKLES
 from common.log import read_rows
 from common.pictures import join_panels, line_plot, save_picture, short
 from common.settings import BaseConfig, UserError, kinds_of, say, show
@@ -56,20 +57,24 @@ def read_run(path):
         raise UserError(f"{path} is no run folder: expected config.json in it")
     try:
         config = json.loads((folder / "config.json").read_text())
-        score, branches = BRANCHES.get(config.get("branch"), ("miou", ["."]))
-        states = [newest(folder / branch) for branch in branches]
-        state = states[-1]
+        score, asked = BRANCHES.get(config.get("branch"), ("miou", ["."]))
+        states = {branch: newest(folder / branch) for branch in ("mlmt", ".")}
+        state = states[asked[-1]]
+        branches = [branch for branch, one in states.items()  # or finished by another command
+                    if branch in asked or one["step"] == one["steps"]]
         files = [*folder.glob("log.csv"), *folder.glob("*/log.csv")]
         logs = {file.parent: [{name: float(text) for name, text in row.items() if text}
                               for row in read_rows(file)[1]] for file in files}
         rows = [row for branch in branches for row in logs.get(folder / branch, [])]
-        last = rows[-1] if rows else {}
-        running = ", ".join(f"{one['step']}/{one['steps']}" for one in reversed(states))
-        if (score in last and last["step"] == state["steps"]
+        last = ([row for row in rows if score in row] or [{}])[-1]
+        running = ", ".join("{step}/{steps}".format(**states[branch]) for branch in reversed(asked))
+        if (last.get("step") == state["steps"]
                 and config.get("stages") == state["config"].get("stages")):  # no stage was added
             running = ""
         settings = {name: "-" if value in (None, "") else show(value, KINDS.get(name))
                     for name, value in config.items() if name not in IGNORED}
+        if settings.get("split", "-") != "-" and not settings["split"].endswith(PICKLES):
+            settings["labeled"] = "-"  # the list says it
         titles = {f"miou_{data['name']}": data["name"] for data in state["domains"]} | SCORES
         scores = {titles[name]: row[name] for row in rows for name in titles if name in row}
         every = [row for log in logs.values() for row in log]
@@ -136,7 +141,7 @@ def add_gains(runs):
 def mean_and_std(runs, score):
     """In percent; the standard deviation of a sample (n - 1), 0 of one run"""
     values = [100 * one.scores[score] for one in runs]
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return np.mean(values), np.std(values, ddof=1) if len(values) > 1 else 0.0
 
 
 def table(names, groups):
@@ -153,7 +158,7 @@ def table(names, groups):
             if all(score in one.scores for one in runs):
                 words = "{:.1f} +- {:.1f}".format(*mean_and_std(runs, score))
             row.append(words if len(runs) > 1 else words.partition(" ")[0])
-        hours = statistics.fmean(one.hours for one in runs)
+        hours = np.mean([one.hours for one in runs])
         gpu_gb = max(one.gpu_gb for one in runs)
         rows.append([*row, str(len({one.seed for one in runs})), str(runs[0].steps),
                      short(round(hours, 2)) if hours >= 0.01 else "<0.01",

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -110,8 +111,8 @@ def batches_of(name, script, cfg, data, root, ctx):
         return [endless(minibatches, cfg.batch, 0, 0, ctx)]
     if name == "mlmt":
         tagged = Tagged(data, labelled)
-        stream_l = Stream(tagged, labelled, s4.TwoViews(cfg, False), 0, "labelled", True)
-        stream_u = Stream(tagged, unlabelled, s4.TwoViews(cfg, True), 0, "unlabelled", False)
+        stream_l = Stream(tagged, labelled, partial(s4.two_views, cfg, False), 0, "labelled", True)
+        stream_u = Stream(tagged, unlabelled, partial(s4.two_views, cfg, True), 0, "unlabelled", False)
         return [endless(stream_l, cfg.mlmt_batch, 0, 0, ctx),
                 endless(stream_u, cfg.mlmt_batch_u, 0, 0, ctx)]
     return script.streams(data, labelled, unlabelled, 0, cfg, ctx)

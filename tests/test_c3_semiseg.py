@@ -3,6 +3,7 @@ by hand; then whole steps."""
 import copy
 import json
 import math
+from functools import partial
 from unittest.mock import Mock, call
 
 import numpy as np
@@ -164,7 +165,7 @@ def frame():
 
 def views(seed=0, **values):
     cfg = config(**dict(crop=(32, 48), teacher_aug="W", student_aug="W") | values)
-    return c3.Augment(cfg, False)(frame()[0], None, np.random.default_rng(seed))[0]
+    return c3.augment(cfg, False, frame()[0], None, np.random.default_rng(seed))[0]
 
 
 def test_both_views_share_their_geometry():
@@ -189,7 +190,7 @@ def test_invented_corners_and_padding_are_not_valid():
 
 def test_labelled_view_is_a_window_with_its_mask_and_no_photometry():
     image, mask = frame()
-    crop = c3.Augment(config(crop=(32, 48), rotate=0, flip=False), True)
+    crop = partial(c3.augment, config(crop=(32, 48), rotate=0, flip=False), True)
     x, y = crop(image, mask, np.random.default_rng(3))
     windows = [(i, j) for i in range(19) for j in range(23) if torch.equal(
         torch.from_numpy(image[i:i + 32, j:j + 48]).permute(2, 0, 1), x)]
@@ -201,7 +202,7 @@ def test_labelled_view_is_a_window_with_its_mask_and_no_photometry():
     (dict(scales=(0.5, 1.0, 2.0)), {(25, 35), (50, 70), (100, 140)}),
     (dict(size=(20, 30)), {(20, 30)}), (dict(long_side=35), {(25, 35)})])
 def test_sizes_of_labelled_views(values, sizes):
-    augment = c3.Augment(config(rotate=0, **values), True)
+    augment = partial(c3.augment, config(rotate=0, **values), True)
     assert {augment(*frame(), np.random.default_rng(seed))[1].shape for seed in range(20)} == sizes
 
 
@@ -460,8 +461,8 @@ def test_four_steps_equal_plain_pytorch(scaled, tiny, folder_data, tmp_path, key
     cfg = from_saved(c3.Config, json.loads((tmp_path / "config.json").read_text()))
     data = c3.open_dataset("folder", str(folder_data))
     labelled, unlabelled = choose_labelled(data, "5", "", 0)
-    stream_l = c3.Stream(data.train, labelled, c3.Augment(cfg, True), 0, "labelled", True)
-    stream_u = c3.Stream(data.train, unlabelled, c3.Augment(cfg, False), 0, "unlabelled", False)
+    stream_l = c3.Stream(data.train, labelled, partial(c3.augment, cfg, True), 0, "labelled", True)
+    stream_u = c3.Stream(data.train, unlabelled, partial(c3.augment, cfg, False), 0, "unlabelled", False)
     torch.manual_seed(c3.mix(0, "init"))
     student = c3.Segmenter(cfg, 4).train()
     thresholds = [0.9] * 4

@@ -98,7 +98,7 @@ def test_default_run_folder_is_named_by_every_given_setting_that_matters():
     names = {
         "": "shapes-40-seed0",
         "--data voc --labeled 1/8 --seed 2 --workers 3": "voc-1_8-seed2",
-        "--split lists/1000.txt --data voc --distance kl": "voc-1000-seed0-distance=kl",
+        "--split lists/voc/92/labeled.txt --data voc --distance kl": "voc-92_labeled-seed0-distance=kl",
         "--supervised --crop 64 --no-flip": "shapes-40-seed0-supervised-crop=64x64-flip=off",
         "--perturbations f_drop,i_vat --weights a/b.pth":
             "shapes-40-seed0-weights=a_b.pth-perturbations=f_drop,i_vat"}
@@ -169,6 +169,7 @@ def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
     ("--data voc --size 64 --long-side 80", "exclude each other"), ("--background 99", "--background 99"),
     ("--labeled 100000", "100000"), ("--batch 1", "expected at least 2"), ("--eval-every 0", "at least 1"),
     ("--split list.txt --labeled 3", "--labeled has no effect with a list of images in --split"),
+    ("--evaluate a.pt --predict b.pt --images .", "--evaluate and --predict exclude each other"),
     ("--eval-size train", "train scores at --size"), ("--download", "no effect with --data shapes"),
     ("--perturbations f_drop --noise 1", "--noise has no effect with --perturbations f_drop"),
     ("--perturbations f_drop --vat-eps 1", "--vat-eps has no effect with --perturbations f_drop")])

@@ -467,7 +467,7 @@ def test_s4gan_images(release, monkeypatch):
         monkeypatch.setattr(module.random, "randint", lambda a, b: min(b, 3))
         monkeypatch.setattr(module.np.random, "choice", lambda n: 1 - flip)
         x, y, *_ = theirs[0]
-        ours_x, ours_y = s4.Augment(cfg)(image, mask, Drawn(0, 3, 0, 0.9 - 0.8 * flip))
+        ours_x, ours_y = s4.augment(cfg, image, mask, Drawn(0, 3, 0, 0.9 - 0.8 * flip))
         agree("s4gan", "augmentation: pixels", int((ours_y.numpy() != y).sum()), 0)
         wrong = (ours_x.numpy() != x)[:, y != 255]  # their padding: 0 after the mean
         agree("s4gan", "augmentation: pixels", int(wrong.sum()), 0)
@@ -478,7 +478,7 @@ def test_s4gan_images(release, monkeypatch):
     for k in range(12):
         monkeypatch.setattr(module.random, "randint", lambda a, b: min(k, b))
         theirs[0]
-        s4.Augment(cfg)(image, mask, Drawn(k, 0, 0, 0))
+        s4.augment(cfg, image, mask, Drawn(k, 0, 0, 0))
     assert sizes == [round(70 * f) for f in factors[::2]] and factors[-1] == 1.6
 
 
@@ -541,7 +541,7 @@ def test_mlmt_images(release, monkeypatch):
     drawn = []
     rng = SimpleNamespace(permutation=lambda _: (), random=lambda: 0.499, uniform=lambda a, b, n=None:
                           drawn.extend([(a, b)] * (n or 1)) or ([0] * n if n else (a + b) / 2))
-    call(s4.TwoViews, cfg=cfg, num_classes=5, strong=True)(np.zeros((9, 9, 3), np.uint8), None, rng)
+    s4.two_views(cfg, True, np.zeros((9, 9, 3), np.uint8), None, rng)
     assert drawn == [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue, tuple(blur.sigma)]
     assert (resize.size, flip.p) == (cfg.mlmt_size, 0.5)
     x = torch.arange(6).view(1, 2, 3)
@@ -1133,7 +1133,7 @@ def test_cct_images(release, monkeypatch):
         x, _ = theirs._augmentation(image.astype(np.float32), mask)
         rng = SimpleNamespace(random=lambda: 0.9 - 0.8 * flip,
                               integers=lambda *r: draws[(0, *r)[-2], r[-1] - 1])
-        ours, _ = cct.Augment(cfg)(image, mask, rng)
+        ours, _ = cct.augment(cfg, image, mask, rng)
         gap = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - T.denormalise(x)).max()
         agree("cct", "augmentation: greys", int(gap), 2)
 

@@ -264,7 +264,7 @@ def test_augment_scales_in_tenths_crops_and_pads():
     image = np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8)
     mask = np.random.default_rng(1).integers(0, 3, (30, 40)).astype(np.uint8)
     cfg = config("--scale 0.5 1.6 --no-flip --shift 0")
-    augment = s4.Augment(cfg)
+    augment = partial(s4.augment, cfg)
     sides = {tuple(augment(image, None, np.random.default_rng(k))[0].shape[1:]) for k in range(100)}
     assert sides == {(3 * s, 4 * s) for s in range(5, 17)}
     cfg.scale = (1.0, 1.0)
@@ -284,12 +284,12 @@ def test_two_views():
     plain, _ = T.resize(torch.from_numpy(image).permute(2, 0, 1), None, (32, 32))
     seen = set()
     for k in range(12):
-        views, z = s4.TwoViews(cfg, strong=False)(image, tags, np.random.default_rng(k))
+        views, z = s4.two_views(cfg, False, image, tags, np.random.default_rng(k))
         assert z.tolist() == [0, 0, 1, 0]
         assert all(torch.equal(view, plain) or torch.equal(view, plain.flip(2)) for view in views)
         seen.add(tuple(torch.equal(view, plain) for view in views))
     assert len(seen) == 4  # the flips are independent
-    views, z = s4.TwoViews(cfg, strong=True)(image, None, np.random.default_rng(0))
+    views, z = s4.two_views(cfg, True, image, None, np.random.default_rng(0))
     rng = np.random.default_rng(0)
     assert torch.equal(views[1], T.random_flip(plain, None, rng)[0]) and z is None
     jittered = T.colour_jitter(T.tvf.to_pil_image(plain), rng, 0.4, 0.1)
@@ -353,9 +353,9 @@ def test_steps_of_branch_a_are_those_of_the_paper(scaled, base, tmp_path, flags)
     d = s4.Discriminator(C, cfg.d_width, cfg.d_dropout)
     start = copy.deepcopy(net.state_dict())
     start_d = copy.deepcopy(d.state_dict())
-    stream_l = Stream(data.train, labelled, s4.Augment(cfg), cfg.seed, "labelled", True)
-    stream_u = Stream(data.train, unlabelled, s4.Augment(cfg), cfg.seed, "unlabelled", False)
-    stream_r = Stream(data.train, labelled, s4.Augment(cfg), cfg.seed, "real", True)
+    stream_l = Stream(data.train, labelled, partial(s4.augment, cfg), cfg.seed, "labelled", True)
+    stream_u = Stream(data.train, unlabelled, partial(s4.augment, cfg), cfg.seed, "unlabelled", False)
+    stream_r = Stream(data.train, labelled, partial(s4.augment, cfg), cfg.seed, "real", True)
     groups = [dict(params=net.net.body.parameters()), dict(params=net.net.head.parameters())]
     optimizer = torch.optim.SGD(groups, 1, 0.9, weight_decay=cfg.weight_decay)
     optimizer_d = torch.optim.Adam(d.parameters(), betas=(0.9, 0.99))
@@ -452,8 +452,8 @@ def test_steps_of_branch_b_are_those_of_the_paper(scaled, base, tmp_path, flags)
     student = s4.Classifier(cfg, C).train().to(memory_format=torch.channels_last)
     teacher = copy.deepcopy(student)
     start = copy.deepcopy(student.state_dict())
-    stream_l = Stream(split, labelled, s4.TwoViews(cfg, False), cfg.seed, "mlmt labelled", True)
-    stream_u = Stream(split, unlabelled, s4.TwoViews(cfg, True), cfg.seed, "mlmt unlabelled", False)
+    stream_l = Stream(split, labelled, partial(s4.two_views, cfg, False), cfg.seed, "mlmt labelled", True)
+    stream_u = Stream(split, unlabelled, partial(s4.two_views, cfg, True), cfg.seed, "mlmt unlabelled", False)
     optimizer = torch.optim.SGD(student.parameters(), 1, 0.9, nesterov=True,
                                 weight_decay=cfg.mlmt_weight_decay)
     assert math.ceil(len(labelled) / cfg.mlmt_batch) == 3
@@ -507,6 +507,13 @@ def test_evaluate_and_predict_repeat_the_run(whole, root, tmp_path, capsys):
     assert column(whole, "miou_fused")[6] != column(whole, "miou")[6]
     assert f"mIoU {100 * column(whole, 'miou_fused')[6]:.1f}, fused" in said
     assert said.count("tuned on these images") == 2
+    go(f"--evaluate {a} --classifier {b} --tau 1 --background 2")
+    changed = checkpoint.load(b)
+    changed["config"] |= dict(tau=1.0, background=[2])  # after branch A was trained
+    checkpoint.save(tmp_path / "changed.pt", changed)
+    said = capsys.readouterr().out
+    go(f"--evaluate {a} --classifier {tmp_path}/changed.pt")
+    assert capsys.readouterr().out == said
     go(f"--evaluate {b} --out {tmp_path}/b")
     macro = float(capsys.readouterr().out.split("AUC macro ")[1].split(",")[0])
     assert macro == pytest.approx(column(whole / "mlmt", "auc_macro")[6], abs=1e-3)
@@ -542,6 +549,12 @@ def test_branches_one_after_the_other_in_one_folder(whole, base, tmp_path, monke
     ("--evaluate {b} --heuristics 9", "segments no"), ("--predict {b} --images x", "segments nothing"),
     ("--evaluate {a} --classifier {a}", "not a checkpoint of branch B"),
     ("--evaluate {a} --classifier {other}", "with these classes"),
+    ("--evaluate {a} --size 8", "--size has no effect on scoring with --eval-size full"),
+    ("--evaluate {a} --tau 0.5", "--tau has no effect without --classifier"),
+    ("--predict {a} --classifier {b} --background 99 --images x", "--background 99: the classes of .* 0 to "),
+    ("--branch s4gan --tau 0.5", "--tau and --background have no effect with --branch s4gan"),
+    ("--branch s4gan --crop 8 --pad-label 50", "--pad-label 50: shapes has the classes"),
+    ("--network deeplabv3plus --backbone-layers 2", "has all 4 layers"),
     ("--classifier {b}", "works with --evaluate or --predict")])
 def test_networks_that_do_not_fit_are_refused(whole, tmp_path, flags, said):
     paths = dict(a=whole / "last.pt", b=whole / "mlmt/last.pt", other=tmp_path / "other.pt")

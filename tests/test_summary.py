@@ -118,6 +118,23 @@ def test_stages_branches_domains(tmp_path, capsys):
         f"{more}: unfinished, step 14/14", f"{third}: unfinished, step 18/24",
         f"{begun}: unfinished, step 10/10, 8/8"]
     assert summary.read_run(stages).settings["stages"] == "2"
+    assert summary.read_run(write(tmp_path / "h", split="lists/1000.txt")).settings["labeled"] == "-"
+
+
+def test_two_commands_in_one_folder(tmp_path, capsys):
+    """The baselines of both branches; a finished run of both, repeated for one"""
+    log = "step,seconds,auc_macro,best\n8,1800,0.75,0.8\n"
+    for name, branch in ("a", "mlmt"), ("b", "s4gan"):
+        folder = write(tmp_path / name, "s4gan_mlmt", branch=branch, log=TITLES + "10,,,300,0.5,0.6\n10,,,9,,\n")
+        write(folder / "mlmt", "s4gan_mlmt", log=log, step=8, steps=8)
+    [titles, *rows] = [line.split()[1:4] for line in printed(capsys, *sorted(tmp_path.iterdir()))]
+    assert titles == ["mIoU", "AUC", "best"] and rows == [["50.0", "75.0", "60.0"]] * 2
+
+
+def test_a_score_that_does_not_exist_is_shown(tmp_path, capsys):
+    for seed in (0, 1):
+        write(tmp_path / str(seed), miou=float("nan"), seed=seed)
+    assert printed(capsys, *tmp_path.iterdir())[1].startswith("nan +- nan")
 
 
 def test_a_picture_has_a_line_for_each_combination_of_the_other_settings(tmp_path, capsys, monkeypatch):
