@@ -175,9 +175,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
             between, mean = torch.var_mean(means, 0, correction=0)
             var = variances.mean(0) + between  # Chan et al.; means of squares would cancel digits
             count = x.numel() // self.num_features * world
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
+            if self.track_running_stats:
+                self.num_batches_tracked += 1
+                self.running_mean.lerp_(mean, self.momentum)
+                self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
         return _Normalise.apply(x, self.weight, self.bias, mean, var, self.eps, count)
 
 

@@ -17,8 +17,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from common.runtime import Runtime  # noqa: E402
+from common.settings import UserError  # noqa: E402
 from common.streams import to_device  # noqa: E402
 torch.set_num_threads(1)
+CTX = Runtime("cpu", "fp32")
 ENV = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
 SCRIPTS = ("cct", "three_stage", "c3_semiseg", "s4gan_mlmt")
@@ -143,6 +145,21 @@ def steps_done(folder):
 
 def normal(seed, *shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def ids(seed, *shape, high=5):
+    return torch.randint(high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def count(*modules, trained=False):
+    """Number of parameters"""
+    return sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad or not trained)
+
+
+def error_of(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
 
 
 def batch_of(stream, step, size):

@@ -96,6 +96,7 @@ def make_sbd(root):
 CITY_TRAIN = ("aachen_000000_000019", "aachen_000001_000019", "bochum_000000_000313", "jena_000000_000019",
               "zurich_000120_000019", "zurich_000121_000019")
 CITY_VAL = ("frankfurt_000000_000294", "lindau_000000_000019")
+CITY_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)  # that are trained
 CITY_ROADS = (7, 8, 11, 21, 23, 26)  # ids of road, sidewalk, building, vegetation, sky, car
 
 

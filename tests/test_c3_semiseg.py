@@ -10,30 +10,22 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import batch_of, column, last, normal, run_here, same_state
+from conftest import CTX, batch_of, column, count, ids, last, normal, run_here, same_state
 from torch import nn
 
 import c3_semiseg as c3
 from common.command_line import parse
 from common.datasets import choose_labelled
 from common.random import Random
-from common.runtime import Runtime
 from common.schedules import set_lr
-from common.settings import UserError, from_saved
+from common.settings import from_saved
 
 C = 5  # classes in most tests
-CTX = Runtime("cpu", "fp32")
 
 
 def config(**values):
     return c3.Config(**dict(backbone="resnet18", backbone_layers=2, weights="none",
                             backbone_lr_mult=1.0) | values)
-
-
-def ids(seed, *shape, ignore=0.3, high=C):
-    generator = torch.Generator().manual_seed(seed)
-    y = torch.randint(0, high, shape, generator=generator)
-    return torch.where(torch.rand(shape, generator=generator) < ignore, 255, y)
 
 
 def gradient(loss, x):
@@ -49,22 +41,12 @@ def full_size(**values):
         return c3.Segmenter(cfg, 19)
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
 def test_numbers_of_parameters():
     net = full_size(aspp_rates=(6, 12, 18, 24))
     assert count(net.net) == 43_901_068
-    assert sum(p.numel() for p in net.net.parameters() if p.requires_grad) == 43_795_724  # BN is frozen
+    assert count(net.net, trained=True) == 43_795_724  # BN is frozen
     assert count(net.projection) == 590_336
     assert count(full_size().net.head) == 700_454  # the two branches that work in the release
-
-
-def test_shapes():
-    logits, f = full_size().eval()(torch.empty(1, 3, 256, 512, device="meta"))
-    assert logits.shape == (1, 19, 256, 512)
-    assert f.shape == (1, 256, 33, 65)
 
 
 @pytest.mark.parametrize("weights, std", [("imagenet", 0.01), ("none", 1 / math.sqrt(3 * 128))])
@@ -91,20 +73,15 @@ def test_optimizer_holds_every_trained_tensor_once():
     assert (body["lr"], heads["lr"]) == pytest.approx((3e-5, 1e-4))
 
 
-def test_teacher_is_copied_and_then_averaged():
+@pytest.mark.parametrize("m, warmup, kept", [
+    (1, True, 0), (2, True, 8 / 9), (25, True, 0.99), (2, False, 0.99)])
+def test_teacher_is_copied_and_then_averaged(m, warmup, kept):
     teacher, student = nn.BatchNorm2d(1), nn.BatchNorm2d(1)
-    teacher.weight.data.fill_(-3.0)
+    student.weight.data.zero_()
     student.running_mean.fill_(7.0)
-    for m, value in enumerate((1, 8 / 9, 8 / 9 * 12 / 13, 8 / 9 * 12 / 13 * 16 / 17), 1):
-        c3.update_teacher(teacher, student, m, config())
-        assert teacher.weight.item() == pytest.approx(value, rel=1e-6)
-        assert teacher.running_mean.item() == pytest.approx(7 * value)
-        student.weight.data.zero_()
-        student.running_mean.zero_()
-    for m, warmup in ((25, True), (2, False)):
-        teacher.weight.data.fill_(1.0)
-        c3.update_teacher(teacher, student, m, config(ema_warmup=warmup))
-        assert teacher.weight.item() == pytest.approx(0.99)
+    c3.update_teacher(teacher, student, m, config(ema_warmup=warmup))
+    assert teacher.weight.item() == pytest.approx(kept)
+    assert teacher.running_mean.item() == pytest.approx(7 * (1 - kept))
 
 
 # ---- photometry and geometry
@@ -123,7 +100,7 @@ def test_operations_at_their_levels(name, level, expected, error):
 
 
 def picture():
-    return c3.tvf.to_pil_image(ids(0, 3, 20, 24, ignore=0, high=256).byte())
+    return c3.tvf.to_pil_image(ids(0, 3, 20, 24, high=256).byte())
 
 
 def test_color_jitter_is_four_adjustments_in_the_drawn_order():
@@ -288,7 +265,7 @@ def naive_pooled(values, keep, groups):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_eq1_cross_entropy(groups):
     logits, y = normal(0, 4, C, 6, 7).requires_grad_(), ids(1, 4, 6, 7)
-    y[:2, 3:] = 255  # uneven counts
+    y[0, 3:] = 255  # uneven counts
     y[3] = 255  # with 4 groups one is empty
     values = -logits.double().log_softmax(1).gather(1, y.clamp(max=C - 1)[:, None])[:, 0]
     expected = naive_pooled(values, y != 255, groups)
@@ -338,16 +315,6 @@ def naive_contrastive(f, keys, classes, valid, tau):
     return total / len(rows)
 
 
-def test_eq5_equals_the_double_loop():
-    f, keys = normal(0, 2, 26, 8).requires_grad_(), normal(1, 2, 26, 8).requires_grad_()
-    classes, valid = ids(2, 2, 26, ignore=0, high=3), normal(3, 2, 26) > -0.8
-    expected = sum(naive_contrastive(*group, 0.15) for group in zip(f, keys, classes, valid)) / 2
-    loss = c3.contrastive(f, keys, classes, valid, 0.15)
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    for x in (f, keys):
-        torch.testing.assert_close(gradient(loss, x), gradient(expected, x))
-
-
 # ---- sampling
 
 @pytest.mark.parametrize("available, kept", [
@@ -371,7 +338,7 @@ def test_hard_and_easy_cells_fill_each_other_up(available, kept):
 
 def image_set(seed, b=2):
     """(embeddings, keys, classes, logits) of b images of 32x48 with 9x13 cells; large classes"""
-    coarse = ids(seed, b, 4, 6, ignore=0, high=4)
+    coarse = ids(seed, b, 4, 6, high=4)
     classes = coarse.repeat_interleave(8, 1).repeat_interleave(8, 2)
     classes[:, :2] = 255
     f = normal(seed, b, 6, 9, 13).requires_grad_()
@@ -521,11 +488,3 @@ def test_four_steps_equal_plain_pytorch(scaled, tiny, folder_data, tmp_path, key
     trained = last(tmp_path)["student"]
     for name, w in student.named_parameters():  # Adam's step: where a gradient is 0, rounding decides
         assert ((trained[name] - w).abs() > 1e-5).float().mean() < 0.01, name
-
-
-@pytest.mark.parametrize("flags, said", [
-    ("--batch 2 --groups 3", "a multiple of --groups 3"), ("--batch 3 --mix intra", "an even number"),
-    ("--dcrs 1 --dcrs-beta 0.5", "--dcrs-beta has no effect"), ("--skip-classes 4", "classes 0 to 3")])
-def test_contradictions_are_refused(tiny, tmp_path, flags, said):
-    with pytest.raises(UserError, match=said):
-        run_here("c3_semiseg", *tiny["c3_semiseg"], *flags.split(), "--out", tmp_path / "run")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import column, normal
+from conftest import CTX, column, count, normal
 from scipy import ndimage
 
 import cct
@@ -19,13 +19,10 @@ from common.datasets.masks import SegmentationData, Split
 from common.datasets.shapes import open_shapes
 from common.random import Random
 from common.regions import find_blobs
-from common.runtime import Runtime
 from common.schedules import RAMPS, momentum_sgd, poly, ramp, set_lr
-from common.settings import UserError
 from common.vat import unit
 
 C, CHANNELS, SIDE = 5, 16, 8  # classes, channels of z, and z's height and width in most tests
-CTX = Runtime("cpu", "fp32")
 
 
 def config(**values):
@@ -64,8 +61,6 @@ def norms(r):
 # ---- network
 
 def test_parameter_counts_of_the_paper():
-    def count(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
     with torch.device("meta"):
         cfg = cct.Config(decoder_init="icnr")
         net, auxiliary = cct.Segmenter(cfg, [21]), cct.Auxiliary(cfg, 512, 21)
@@ -405,14 +400,6 @@ def perturbed(name, z, decoder, objects, rng, cfg):
     return getattr(cct, name)(z, *arguments[name])
 
 
-def naive_distance(kind, p, q):
-    """Eq. 7-9 at every pixel, summed over the classes: [B, C, H, W] -> [B, H, W]"""
-    def kl(a, b):
-        return (a * (a / b).log()).sum(1)
-    m = (p + q) / 2
-    return {"mse": ((p - q) ** 2).sum(1), "kl": kl(p, q), "js": kl(p, m) / 2 + kl(q, m) / 2}[kind]
-
-
 def naive_consistency(main, auxiliary, z, cfg):
     """Eq. 2 and Eq. 10 as one graph over all K <= 8 decoders, at step 0. -> (L_u, L_P-Wise, all logits)"""
     p = main(z).detach().softmax(1)
@@ -421,7 +408,7 @@ def naive_consistency(main, auxiliary, z, cfg):
     for k, decoder in enumerate(auxiliary.decoders):
         rng = Random((cfg.seed, "perturb", 0, k))
         logits.append(decoder(perturbed(auxiliary.names[k], z, decoder, objects, rng, cfg)))
-        d = naive_distance(cfg.distance, p, logits[k].softmax(1)) / C  # D1: mean over the classes
+        d = cct.distance(cfg.distance, p, logits[k])
         distances.append(d[p.amax(1) > cfg.confidence].mean())
     qs = torch.stack(logits).softmax(2)
     pairwise = ((qs - qs.mean(0)) ** 2).sum(2).mean()  # the mean prediction has its gradient
@@ -443,17 +430,6 @@ def test_step_has_the_gradient_of_the_plain_sum_over_all_decoders(trained, setti
         expected["loss_pairwise"] = loss_pairwise
     for name, value in expected.items():
         assert column(record.folder, name) == {1: pytest.approx(value.item(), rel=1e-4)}
-
-
-@pytest.mark.parametrize("settings, learning", [
-    (dict(ignored=True), [True, True, False] + [True] * 7),  # L_s = 0
-    (dict(lambda_u=0.0), [True, True, True] + [False] * 7),
-    (dict(ignored=True, confidence=1.0), [False] * 10)])  # no pixel is more than certain
-def test_supervision_trains_no_auxiliary_decoder_consistency_not_the_main_one(trained, settings, learning):
-    record = trained(**settings)
-    net, auxiliary = record.net, record.auxiliary
-    parts = [net.encoder.backbone, net.encoder.psp, net.decoders[0], *auxiliary.decoders]
-    assert [any(record.gradient[p].any() for p in part.parameters()) for part in parts] == learning
 
 
 def test_graphs_in_memory_do_not_grow_with_the_number_of_decoders(trained):
@@ -535,15 +511,6 @@ def test_domains_have_the_settings_of_their_own_presets():
     assert [(d.size, d.cache) for d in mixed] == [(None, "none"), ((512, 1024), "none")]
     both = settled("--data cityscapes+sunrgbd13").values()
     assert [(d.labeled, d.epochs) for d in both] == [("1500", 100), ("1500", 100)]
-
-
-@pytest.mark.parametrize("flags, said", [
-    ("--data voc+camvid --split list.txt", "--split list.txt: expected 2 with +"),
-    ("--data voc+camvid --labeled 1+2+3", "--labeled 1.2.3: expected 2 with +"),
-    ("--data voc --adversarial", "--adversarial has no effect with --data voc, a single domain")])
-def test_wrong_domains_are_told(flags, said):
-    with pytest.raises(UserError, match=said):
-        settled(flags)
 
 
 def test_domains_take_turns_and_the_idle_one_does_not_move(trained):

@@ -53,15 +53,6 @@ def exact_crf(unary, kernels, iterations):
     return q
 
 
-def relative_error(approximate, exact):
-    return ((approximate - exact).norm() / exact.norm()).item()
-
-
-def position_matrix(height, width, sigma):
-    """The lattice's answers to one value of 1 at each pixel: [N, N]"""
-    return Lattice(positions(height, width) / sigma).filter(torch.eye(height * width))
-
-
 def test_unary_by_hand():
     unary = unary_of_labels(torch.tensor([[0, 2], [1, 0]]), 3, certainty=0.6)
     expected = [[[0.6, 0.2], [0.2, 0.6]], [[0.2, 0.2], [0.6, 0.2]], [[0.2, 0.6], [0.2, 0.2]]]
@@ -77,21 +68,13 @@ def test_features_by_hand():
                         [0, 0.25, 18, 20, 22], [0.25, 0.25, 24, 26, 28], [0.5, 0.25, 30, 32, 34]]
 
 
-@pytest.mark.parametrize("sigma", [2.0, 3.0, 7.0])
-def test_the_lattice_of_two_dimensions_against_the_exact_sum(sigma):
-    features = positions(24, 30) / sigma
-    matrix = Lattice(features).filter(torch.eye(len(features)))
-    assert relative_error(matrix, exact_kernel(features)) < 0.1
-    assert relative_error(matrix, matrix.T) < 0.04  # symmetric but for the border's missing points
-
-
 @pytest.mark.parametrize("s_xy, s_rgb, off", [(50.0, 5.0, 0.1), (8.0, 40.0, 0.06)])
 def test_the_lattice_of_an_image_against_the_exact_sum(s_xy, s_rgb, off):
     image = smooth_image(0, 30, 36)
     features = bilateral_features(image, s_xy, s_rgb)
     values = F.one_hot(noisy_labels(image, 5).flatten(), 5).float()
     exact = exact_kernel(features) @ values
-    assert relative_error(Lattice(features).filter(values), exact) < off
+    assert (Lattice(features).filter(values) - exact).norm() < off * exact.norm()
 
 
 @pytest.mark.parametrize("d, far", [(2, 3000.0), (5, 3000.0), (5, -3000.0)])
@@ -101,15 +84,6 @@ def test_a_point_far_away_changes_nothing_here(d, far):
     values = torch.eye(501)
     here = Lattice(points[:-1]).filter(values[:-1, :-1])  # the lattice points fill their box
     assert torch.allclose(Lattice(points).filter(values)[:-1, :-1], here, atol=1e-6)
-
-
-def test_the_lattice_is_the_same_around_all_its_points():
-    generator = torch.Generator().manual_seed(0)
-    points = 4 * torch.rand(300, 5, generator=generator, dtype=torch.float64)
-    values = torch.rand(300, 2, generator=generator)
-    away = torch.tensor([5000.0, -3000, 7000, 0, 100]).double() @ Lattice.basis(5).inverse()
-    there = Lattice(points + away).filter(values)
-    assert torch.allclose(there, Lattice(points).filter(values), atol=1e-5)
 
 
 def test_too_many_lattice_points_to_number_are_refused():
@@ -122,8 +96,8 @@ def test_too_many_lattice_points_to_number_are_refused():
 def test_the_steps_are_those_of_algorithm_1(iterations):
     image = smooth_image(1, 12, 17)
     unary = unary_of_labels(noisy_labels(image, 4), 4)
-    lattice = Lattice(bilateral_features(image, 9.0, 20.0))
-    kernels = [(0.7, position_matrix(12, 17, 2.0)), (1.1, lattice.filter(torch.eye(12 * 17)))]
+    lattices = Lattice(positions(12, 17) / 2.0), Lattice(bilateral_features(image, 9.0, 20.0))
+    kernels = [(w, lattice.filter(torch.eye(12 * 17))) for w, lattice in zip((0.7, 1.1), lattices)]
     q = dense_crf(image, unary, iterations, gaussian=(2.0, 0.7), bilateral=(9.0, 20.0, 1.1))
     assert torch.allclose(q.flatten(1), exact_crf(unary, kernels, iterations), rtol=0, atol=1e-5)
 

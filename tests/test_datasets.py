@@ -15,6 +15,7 @@ import pytest
 import scipy.io
 import scipy.sparse
 import torchvision
+from conftest import error_of
 from PIL import Image
 
 from common.datasets import SegmentationData, choose_labelled, open_dataset
@@ -23,8 +24,7 @@ from common.datasets.masks import find_files, read_image
 from common.datasets.mat import read_mat
 from common.datasets.tags import Tagged, read_tags
 from common.datasets.voc import voc_palette
-from common.settings import UserError
-from fixtures import (BDD, CAMVID, CAMVID_COLOURS, CITY_TRAIN, CITY_VAL, PCONTEXT, SBD_ONLY,
+from fixtures import (BDD, CAMVID, CAMVID_COLOURS, CITY_IDS, CITY_TRAIN, CITY_VAL, PCONTEXT, SBD_ONLY,
                       SUN_37_TO_13, VOC_TRAIN, VOC_VAL, blocks, make_bdd100k, make_camvid,
                       make_cityscapes, make_folder, make_pcontext, make_sbd, make_sunrgbd,
                       make_voc, save_gray, save_lines, save_palette, save_picture, sbd_only_masks)
@@ -38,12 +38,6 @@ OWN = {"voc": "VOCdevkit/VOC2012", "camvid": "CamVid", "pcontext": "VOCdevkit/VO
 
 def masked(split):
     return [i for i in range(len(split)) if split.has_mask(i)]
-
-
-def error_of(function, *arguments):
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", MAKERS)
@@ -184,14 +178,11 @@ def test_download_fetches_what_is_missing_once_and_an_interrupted_one_is_no_data
     assert sorted(os.listdir(root)) == [".download.lock", "SBD", "VOCdevkit"]
 
 
-IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-
-
 def test_cityscapes_ids_are_mapped_and_train_ids_are_known_by_their_name_and_come_second(tmp_path):
     root = make_cityscapes(tmp_path)
     data = open_dataset("cityscapes", root)
     assert data.train.keys == list(CITY_TRAIN) and data.val.keys == list(CITY_VAL)
-    expected = [IDS.index(k) if k in IDS else 255 for k in range(34)]
+    expected = [CITY_IDS.index(k) if k in CITY_IDS else 255 for k in range(34)]
     assert data.train.mask(2)[0, :34].tolist() == expected  # the first row holds the ids 0..33
     assert len(data.classes) == 19 and data.classes[0] == "road" and data.classes[18] == "bicycle"
     path = Path(data.train.masks[0])

@@ -12,12 +12,11 @@ from common.datasets.cityscapes import PALETTE as CITY_PALETTE
 from common.datasets.voc import voc_palette
 from common.inference import predict_folder
 from common.settings import UserError
-from conftest import run_here, run_script
-from fixtures import save_picture
+from conftest import error_of, run_here, run_script
+from fixtures import CITY_IDS, save_picture
 
 PALETTES = {"palette": np.arange(12, dtype=np.uint8).reshape(4, 3), "voc": voc_palette()[:21],
             "cityscapes": CITY_PALETTE, "bdd100k": CITY_PALETTE}
-CITY_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
 def network(x):
@@ -38,12 +37,6 @@ def predict(images, out, form="palette"):
     ctx = SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), sum=lambda x: x, say=print)
     palette = torch.from_numpy(PALETTES[form])
     predict_folder(lambda x: network(x)[:, :len(palette)], cfg, palette, ctx)
-
-
-def error_of(*arguments):
-    with pytest.raises(UserError) as caught:
-        predict(*arguments)
-    return str(caught.value)
 
 
 def files(folder):
@@ -96,7 +89,7 @@ def test_cityscapes_server_gets_ids_at_full_size_from_resized_logits(tmp_path):
 def test_names_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, form, names, wrong):
     for name in names:
         picture(tmp_path / "images" / name)
-    assert wrong in error_of(tmp_path / "images", tmp_path / "out", form)
+    assert wrong in error_of(predict, tmp_path / "images", tmp_path / "out", form)
     assert not (tmp_path / "out").exists()
 
 
@@ -109,7 +102,7 @@ def test_what_cannot_be_read_or_written_is_named_and_the_rest_predicted(tmp_path
     (out / "c.png").mkdir(parents=True)
     bad = [f"{images}/{name}" for name in ("b.png", "c.png", "more/d.jpg")]
     message = f"--images {images}: 3 of 5 images could not be predicted: {', '.join(bad)}"
-    assert error_of(images, out) == message
+    assert error_of(predict, images, out) == message
     assert (out / "a.png").is_file() and (out / "more/e.png").is_file()
     assert capsys.readouterr().out.count(f"{images}/more/d.jpg: cannot be read as an image (") == 1
 
@@ -119,10 +112,10 @@ def test_the_images_are_never_overwritten(tmp_path):
     picture(images / "a.png")
     link.symlink_to(images)
     for out in (images, images / "new/out", link / "out", tmp_path / "x/../images", tmp_path):
-        assert f"--out {out}: expected a folder that is not in --images" in error_of(images, out)
+        assert f"--out {out}: expected a folder that is not in --images" in error_of(predict, images, out)
     other.mkdir()
     (other / "a.png").symlink_to(images / "a.png")
-    assert f"{other}/a.png is one of the images" in error_of(images, other)
+    assert f"{other}/a.png is one of the images" in error_of(predict, images, other)
 
 
 def test_torchrun_predicts_every_image_once_and_names_the_damaged_ones(whole, tmp_path):

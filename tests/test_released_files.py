@@ -15,7 +15,7 @@ import s4gan_mlmt as s4
 from common import transforms as T
 from common.backbones import Rescale, ResNet
 from common.command_line import parse
-from common.datasets import open_dataset
+from common.datasets import DATASETS, open_dataset
 from common.settings import UserError
 from common.weights import DEEP_STEM
 
@@ -164,12 +164,13 @@ def test_input_scales_of_the_authors_code():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_released_sets_what_flags_do_not(name, capsys):
     script = importlib.import_module(name)
+    assert {data for data in script.PRESETS if "+" not in data} == set(DATASETS)
     for data in script.PRESETS:
         cfg, given = parse(script.Config, script.PRESETS, ["--data", data, "--released"],
                            released=script.RELEASED_SETTINGS)
         settings = script.RELEASED_SETTINGS["all"] | script.RELEASED_SETTINGS.get(data, {})
         assert settings and all(getattr(cfg, n) == value for n, value in settings.items())
-        assert given.keys() == {"data", "released"}
+        assert given.keys() == {"data", "released"} and (cfg.steps or cfg.epochs)
         script.settle(cfg, given)
         assert re.match(rf"runs/{name}-.*-released$", cfg.out)
         assert capsys.readouterr().out.startswith("--released: --")

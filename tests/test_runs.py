@@ -75,10 +75,10 @@ def test_a_signal_and_then_kill_9_then_resume_is_bit_equal(whole, tiny, tmp_path
     same_run(whole(script)[0], folder)
 
 
-def test_deaths_in_each_phase_of_weak_labels_then_resume_is_bit_equal(tiny, tmp_path):
+def test_deaths_in_each_phase_of_weak_labels_then_resume_is_bit_equal(tiny, folder_data, tmp_path):
     """By kill -9 while the classifier trains, beside a pseudo-label of one that is gone, and while pseudo-labels
     are written; in the training with them by a signal, to which it listens again"""
-    arguments = [*tiny["cct"], "--weak", "--tags", f"{root_of(tiny['cct'])}/tags.txt", "--weak-epochs", 5]
+    arguments = [*tiny["cct"], "--weak", "--tags", f"{folder_data}/tags.txt", "--weak-epochs", 5]
     run_here("cct", *arguments, "--out", tmp_path / "whole")
     assert min(Image.open(tmp_path / "whole/weak/pseudo.png").size) > 200
     folder = tmp_path / "run"
@@ -143,9 +143,9 @@ def test_a_reader_that_goes_away_does_not_end_the_run():
     assert process.wait(60) == 0 and process.stderr.read() == b""
 
 
-def test_folders_that_cannot_be_made_or_written_are_told(tmp_path, whole, tiny, monkeypatch):
+def test_folders_that_cannot_be_made_or_written_are_told(tmp_path, whole, tiny, folder_data, monkeypatch):
     (tmp_path / "file").write_text("mine")
-    predict = ["--predict", whole("cct")[0] / "last.pt", "--images", f"{root_of(tiny['cct'])}/images/val"]
+    predict = ["--predict", whole("cct")[0] / "last.pt", "--images", folder_data / "images/val"]
     evaluate = ["--evaluate", whole("s4gan_mlmt")[0] / "mlmt/last.pt"]
     for script, flags in (("cct", tiny["cct"]), ("cct", predict), ("s4gan_mlmt", evaluate)):
         with pytest.raises(UserError, match="file/run: cannot make this folder"):
@@ -166,7 +166,7 @@ def room(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_files_without_room_are_told_and_the_old_ones_stay(tmp_path, whole, tiny, capsys):
+def test_files_without_room_are_told_and_the_old_ones_stay(tmp_path, tiny, folder_data, capsys):
     for size, name in ((9, "config.json"), (2000, "last.pt"), (1_000_000, "last.pt")):
         with room(size), pytest.raises(UserError, match=f"{name} cannot be written .*File too large"):
             run_here("cct", *tiny["cct"], "--out", tmp_path / "run")
@@ -174,7 +174,7 @@ def test_files_without_room_are_told_and_the_old_ones_stay(tmp_path, whole, tiny
     with room(100_000), pytest.raises(UserError, match="last.pt cannot be written .*File too large"):
         checkpoint.save(tmp_path / "run/last.pt", dict(big=torch.zeros(1_000_000)))
     assert last(tmp_path / "run")["step"] == 6
-    images = f"{root_of(tiny['cct'])}/images/val"
+    images = folder_data / "images/val"
     with room(99), pytest.raises(UserError, match="2 of 2 images could not be predicted"):
         run_here("cct", "--predict", tmp_path / "run/last.pt", "--images", images, "--out", tmp_path / "p")
     assert "img0.png cannot be written" in capsys.readouterr().out
@@ -265,10 +265,10 @@ TWO = {  # flags whose result does not hang on float error, and the columns to c
     pytest.param("cct", more, marks=pytest.mark.slow) for more in (
         "--data folder+folder --adversarial --steps 4",
         "--weak --tags {root}/tags.txt --weak-epochs 2 --weak-lr 0.01"))])
-def test_two_processes_equal_one(tiny, tmp_path, capsys, script, more):
+def test_two_processes_equal_one(tiny, folder_data, tmp_path, capsys, script, more):
     """Same losses as one process with the same global batch (BN synchronised), every image scored once."""
     flags, columns = TWO[script]
-    root = shutil.copytree(root_of(tiny[script]), tmp_path / "data")
+    root = shutil.copytree(folder_data, tmp_path / "data")
     for kind, ending in (("images", "jpg"), ("masks", "png")):  # an odd number to score
         shutil.copy(root / f"{kind}/train/img0.{ending}", root / f"{kind}/val/odd.{ending}")
     arguments = [*tiny[script], "--root", root, *flags.split(), *more.format(root=root).split()]
@@ -292,10 +292,6 @@ def test_two_processes_equal_one(tiny, tmp_path, capsys, script, more):
     for path in masks:
         one, two = (np.array(Image.open(tmp_path / run / path)) for run in ("one", "two"))
         assert (one == two).mean() > 0.99, path
-
-
-def root_of(flags):
-    return flags[flags.index("--root") + 1]
 
 
 SETTINGS = {
@@ -478,11 +474,10 @@ def test_compile(tiny, tmp_path, script):
     assert list(eager.values()) == pytest.approx(list(compiled.values()), rel=1e-2)
 
 
-def test_domains_of_a_checkpoint_are_scored_and_chosen(tiny, tmp_path, capsys):
+def test_domains_of_a_checkpoint_are_scored_and_chosen(tiny, folder_data, tmp_path, capsys):
     second = fixtures.make_folder(tmp_path / "second", classes=("sea", "boat", "sky"), n_val=3)
-    first = root_of(tiny["cct"])
     out = tmp_path / "run"
-    both = ["--data", "folder+folder", "--root", f"{first}+{second}"]
+    both = ["--data", "folder+folder", "--root", f"{folder_data}+{second}"]
     run_here("cct", *tiny["cct"], *both, "--steps", 2, "--labeled", "5+4", "--out", out)
     trained = capsys.readouterr().out
     assert "folder: 5 labelled" in trained and "folder_2: 4 labelled" in trained
@@ -490,7 +485,7 @@ def test_domains_of_a_checkpoint_are_scored_and_chosen(tiny, tmp_path, capsys):
     mious = [column(out, f"miou{name}")[2] for name in ("", "_folder", "_folder_2")]
     assert mious[0] == pytest.approx((mious[1] + mious[2]) / 2, abs=1e-5) and mious[1] != mious[2]
     for flags, score, images in ((both, mious[0], "2 val + 3 val"),
-                                 (["--root", f"{first}+{second}"], mious[0], "2 val + 3 val"),
+                                 (["--root", f"{folder_data}+{second}"], mious[0], "2 val + 3 val"),
                                  (["--data", "folder_2", "--root", second], mious[2], "3 val images")):
         run_here("cct", "--evaluate", out / "last.pt", *flags)
         said = capsys.readouterr().out.strip().splitlines()[-1]
