@@ -608,7 +608,6 @@ def evaluate(net, domain, ctx):
     -> (ConfusionMatrix, rows of the panel)"""
     cfg = domain.cfg
     data = domain.data
-    was_training = net.training
     net.eval()
     confusion = ConfusionMatrix(len(data.classes), ctx.device)
     examples = Examples(len(data.val), ctx)
@@ -619,7 +618,7 @@ def evaluate(net, domain, ctx):
         confusion.update(prediction, y)
         examples.add(x, y, prediction)
     confusion.reduce()
-    net.train(was_training)
+    net.train()
     return confusion, examples.rows
 
 

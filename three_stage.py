@@ -179,6 +179,8 @@ def settle(cfg, given):
                          ("branch_stage3", "lambda_pl")):
         if name in given and getattr(cfg, weight) == 0:
             raise UserError(f"{flag(name)} has no effect with {flag(weight)} 0: drop one of them")
+    if any(round(10 * s, 6) % 1 for s in cfg.scale):
+        raise UserError(f"--scale {cfg.scale[0]} {cfg.scale[1]}: expected multiples of 0.1")
     scratch = cfg.weights == "none"
     if cfg.bn is None:
         cfg.bn = "learn" if scratch else "frozen"
@@ -215,10 +217,6 @@ class Segmenter(DeepLabV2):
         for part in first:
             x = part(x)
         return x, last(x)
-
-    def forward(self, x):
-        """[B, 3, H, W] -> logits [B, C, H, W]"""
-        return upsample(self.head(self.features(x)[1]), x.shape[2:])
 
 
 class Branch(nn.Module):
@@ -432,8 +430,7 @@ def evaluate(net, others, data, cfg, ctx):
     the split; 255 ignored; each image once. Scored are f and g of `net`, and f of the `others`,
     {column of log.csv: network}.
     -> (ConfusionMatrix of f, {column: mIoU of the rest}, rows of the panel)"""
-    modes = [(network, network.training) for network in (net, *others.values())]
-    for network, _ in modes:
+    for network in (net, *others.values()):
         network.eval()
     names = ["miou", *others] if net.branch is None else ["miou", "miou_branch", *others]
     confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in names}
@@ -450,8 +447,6 @@ def evaluate(net, others, data, cfg, ctx):
         examples.add(x, y, predictions[0])
     for confusion in confusions.values():
         confusion.reduce()
-    for network, was_training in modes:
-        network.train(was_training)
     rest = {name: confusions[name].miou() for name in names[1:]}
     return confusions["miou"], rest, examples.rows
 
@@ -517,12 +512,15 @@ def train(cfg):
             folder.catch_signals(False)  # a kill here loses nothing: the command goes on writing
             write_pseudo_masks(f, data, part.path / "pseudo", cfg, ctx)
             if ctx.main:
-                checkpoint.save(finished, dict(miou=confusion.miou()))
+                checkpoint.save(finished, dict(miou=confusion.miou(), labelled=data.labelled))
             folder.catch_signals()
             ctx.barrier()
         if stage < len(lengths):
-            score = 100 * checkpoint.load(finished)["miou"]
-            ctx.say(f"stage {stage} is finished: mIoU {score:.1f}")
+            state = checkpoint.load(finished)
+            if state.get("labelled") != data.labelled:
+                raise UserError(f"{part.path} was trained with other labelled images: choose "
+                                f"another folder with --out")
+            ctx.say(f"stage {stage} is finished: mIoU {100 * state['miou']:.1f}")
     folder.take_over(part)
     part.finish(confusion)
     return confusion.miou()
@@ -587,6 +585,7 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
         if step > 0 and step % cfg.eval_every == 0:
             confusion, rest, examples = evaluate(scored, others, data, cfg, ctx)
             folder.scored(step, confusion.miou(), examples, **rest)
+            net.train()
         with folder.log.waiting():
             x_w, x_s, index, y, pseudo = next(batches)
         optimizer.zero_grad()

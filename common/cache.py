@@ -76,7 +76,8 @@ def cached(data, size, cfg, ctx):
     caches = {}
     for name, split in splits.items():
         paths = "\n".join(map(os.path.abspath, split.images))
-        digest = sha1(f"{paths} {len(data.classes)}".encode()).hexdigest()[:16]
+        about = f"{paths} {len(data.classes)}".encode(errors="surrogateescape")
+        digest = sha1(about).hexdigest()[:16]
         caches[name] = Cached(split, size, folder / f"{data.name}-{height}x{width}-{digest}")
         make_folder(caches[name].folder, "--cache")
     missing = sum(map(len, splits.values()))

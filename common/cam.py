@@ -3,6 +3,8 @@ pseudo-labels from them, as in Sec. 3.3 of CCT (used by cct.py alone, and made t
 import math
 import shutil
 from functools import partial
+from hashlib import sha1
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -170,11 +172,13 @@ def weak_labels(domain, augment, part, ctx):
     data = domain.data
     finished = part.path / "finished.pt"
     pseudo = PseudoLabelled(data, part.path / "pseudo")
+    origin = dict(images=data.train.fingerprint,
+                  tags=sha1(Path(cfg.tags).read_bytes()).hexdigest() if cfg.tags else "")
     if finished.exists():
-        if checkpoint.load(finished)["images"] != data.train.fingerprint:
+        if checkpoint.load(finished) != origin:
             raise UserError(f"{pseudo.folder} holds the pseudo-labels of other images than those "
-                            f"of {data.name} in --root {cfg.root}: choose another folder with "
-                            f"--out")
+                            f"of {data.name} in --root {cfg.root}, or of other --tags: choose "
+                            f"another folder with --out")
         return pseudo
     tags = domain.tags
     objects = [c for c in range(len(data.classes)) if c not in cfg.background]
@@ -194,7 +198,7 @@ def weak_labels(domain, augment, part, ctx):
         save_picture(prediction_panel(rows, data.palette, data.classes, titles),
                      part.path / "pseudo.png")  # Fig. 9
     if ctx.main:
-        checkpoint.save(finished, dict(images=data.train.fingerprint))
+        checkpoint.save(finished, origin)
     part.catch_signals()
     part.parts = {}  # frees the network's memory
     ctx.new_scaler()

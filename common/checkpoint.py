@@ -78,11 +78,14 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
                         f"own settings")
     try:
         config = from_saved(config_class, state["config"], given)
+        each = [from_saved(config_class, state["config"] | domain.get("own", {}), given)
+                for domain in state["domains"]]
         state |= state["domains"][0]  # the dataset of all scripts but cct.py, which takes several
         state["step"], state["palette"].tolist(), len(state["classes"])  # an error if missing
     except (LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged, or of another version ({error})") from error
-    check_needs(given, config)
+    check_needs(given, *each)
+    ctx.compute_in(config.precision)  # as in the training, whose scores this repeats
     return config, state
 
 
@@ -92,7 +95,7 @@ def of_release(state, table, settings, path, cfg, ctx):
     None if it is not needed}; `classes`, our name of a tensor with one row per class; optional:
     `part`, `settings`. Raises UserError if --data has another number of classes."""
     state = state.get("state_dict", state)
-    net, unused = {}, []
+    net = {}
     for name, tensor in state.items() if isinstance(state, dict) else ():
         name = str(name).removeprefix("module.")
         matches = (re.match(pattern, name) for pattern in table["names"])
@@ -100,9 +103,7 @@ def of_release(state, table, settings, path, cfg, ctx):
         if match is None or not isinstance(tensor, torch.Tensor):
             return None
         ours = table["names"][match.re.pattern]
-        if ours is None:
-            unused.append(name)
-        else:
+        if ours is not None:
             net[match.expand(ours) + name[match.end():]] = tensor
     if table["classes"] not in net:
         return None
@@ -124,7 +125,7 @@ def of_release(state, table, settings, path, cfg, ctx):
     shown = [f"{flag(name)} {show(settings[name], kinds[name])}"
              for name in ("backbone", "stem", "aspp_rates", "input_scale") if name in settings]
     ctx.say(f"{path}: a network of the authors' code for {count} classes: {', '.join(shown)}; "
-            f"{len(net)} tensors, {len(unused)} more not needed")
+            f"{len(net)} tensors, {len(state) - len(net)} more not needed")
     domain = dict(name=data.name, classes=list(data.classes),
                   palette=torch.from_numpy(data.palette))
     config = dataclasses.asdict(dataclasses.replace(cfg, **settings))

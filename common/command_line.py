@@ -11,6 +11,7 @@ import os
 import re
 import sys
 import typing
+from hashlib import sha1
 from pathlib import Path
 
 from common.datasets.labelled import PICKLES
@@ -174,7 +175,8 @@ def check_needs(given, *configs):
     if "labeled" in given and all(one.split and not one.split.endswith(PICKLES) for one in configs):
         raise UserError("--labeled has no effect with a list of images in --split: drop one of the "
                         "two")
-    if "size" in given and (config.evaluate or config.predict) and config.eval_size != "train":
+    scoring = config.evaluate or config.predict
+    if scoring and "size" in given and all(one.eval_size != "train" for one in configs):
         raise UserError(f"--size has no effect on scoring with --eval-size {config.eval_size}")
     if any(one.eval_size == "train" and not one.size for one in configs):
         raise UserError("--eval-size train scores at --size, which is not set here: give --size, "
@@ -191,13 +193,18 @@ def run_name(script, config, given):
     if not labels or "labeled" in given:
         labels.append(config.labeled)
     words = [script, config.data, *labels, f"seed{config.seed}"]
+    if "folder" in config.data and "root" in given:
+        words.insert(2, Path(config.root).name)
     others = given.keys() - {"data", "labeled", "split", "seed"}
     for field in dataclasses.fields(config):
         if field.name in others and not field.metadata["free"]:
             value = getattr(config, field.name)
             text = show(value, kinds[field.name])
             words.append(field.name if value is True else f"{field.name}={text}")
-    return "runs/" + re.sub(r"[^\w.=,+-]", "_", "-".join(words))[:200]
+    name = re.sub(r"[^\w.=,+-]", "_", "-".join(words))
+    if len(name) > 200:  # file systems allow 255 bytes
+        name = f"{name[:191]}-{sha1(name.encode()).hexdigest()[:8]}"
+    return "runs/" + name
 
 
 def run(main):

@@ -245,8 +245,8 @@ def keep_config(folder, config, free=()):
             before = json.loads(path.read_text())
             before = {name: before[name] for name in now}
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged, or of another version: choose another folder with "
-                            f"--out, or move this one away") from error
+            raise UserError(f"{path} is damaged, or of another script or version: choose another "
+                            f"folder with --out, or move this one away") from error
         kinds = kinds_of(type(config))
         free = {f.name for f in dataclasses.fields(config) if f.metadata["free"]} | set(free)
         differences = [f"{flag(name)} was {show(before[name], kinds[name])}, now "

@@ -39,6 +39,15 @@ class Runtime:
                                 f"{str(error).splitlines()[0]}") from None
             torch.backends.cuda.matmul.allow_tf32 = True
             torch.backends.cudnn.allow_tf32 = True
+        self.compute_in(precision)
+        self.new_scaler()
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if cuda else "gloo",
+                                    device_id=self.device if cuda else None)
+
+    def compute_in(self, precision):
+        """Choose the precision: auto, fp32, bf16 or fp16."""
+        cuda = self.device.type == "cuda"
         if precision == "auto" and cuda:
             bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
             precision = "bf16" if bf16 else "fp16"
@@ -48,10 +57,6 @@ class Runtime:
             raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
         self.precision = precision
         self.dtype = DTYPES[precision]
-        self.new_scaler()
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo",
-                                    device_id=self.device if cuda else None)
 
     def __str__(self):
         cuda = self.device.type == "cuda"

@@ -138,17 +138,15 @@ def to_save(config):
 
 def from_saved(config_class, saved, given=()):
     """A config from what `to_save` gave, perhaps by way of JSON, with the flags `given` on top."""
-    values = {}
-    for field in dataclasses.fields(config_class):
-        if field.name in saved:
-            value = saved[field.name]
-            values[field.name] = tuple(value) if isinstance(value, list) else value
+    names = {field.name for field in dataclasses.fields(config_class)}
+    values = {name: tuple(value) if isinstance(value, list) else value
+              for name, value in saved.items() if name in names}
     return config_class(**{**values, **dict(given)})
 
 
 def say(text):
     """Print a line for the user."""
     try:
-        print(text, flush=True)
+        print(str(text).encode(errors="replace").decode(), flush=True)  # names of files
     except BrokenPipeError:  # as after `| head`: the run goes on, and its files have it all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

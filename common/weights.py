@@ -27,7 +27,7 @@ def load_weights(backbone, name, weights, say=print):
         kind = torchvision.models.get_model_weights(name).IMAGENET1K_V1  # the papers' features
         try:
             state = kind.get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # no network; a part of the file
             raise UserError(f"--weights imagenet: torchvision could not download {name} ({error}); "
                             f"give a --weights FILE, or --weights none") from error
     else:
@@ -58,7 +58,7 @@ def read_weights(path):
         raise UserError(f"--weights {path}: expected a state dict (names and tensors)")
     inner = [state[k] for k in ("state_dict", "model", "net") if isinstance(state.get(k), dict)]
     state = inner[0] if inner else state
-    state = {WRAPPERS.sub("", name): tensor for name, tensor in state.items()}
+    state = {WRAPPERS.sub("", str(name)): tensor for name, tensor in state.items()}
     if "conv3.weight" not in state:
         return state
     renamed = {}

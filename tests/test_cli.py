@@ -100,9 +100,12 @@ def test_default_run_folder_is_named_by_every_given_setting_that_matters():
         "--split lists/voc/92/labeled.txt --data voc --distance kl": "voc-92_labeled-seed0-distance=kl",
         "--supervised --crop 64 --no-flip": "shapes-40-seed0-supervised-crop=64x64-flip=off",
         "--perturbations f_drop,i_vat --weights a/b.pth":
-            "shapes-40-seed0-weights=a_b.pth-perturbations=f_drop,i_vat"}
+            "shapes-40-seed0-weights=a_b.pth-perturbations=f_drop,i_vat",
+        "--data folder --root x/mine": "folder-mine-all-seed0"}
     for flags, name in names.items():
         assert run_name("cct", *parse(cct.Config, cct.PRESETS, flags.split())) == f"runs/cct-{name}"
+    long = [run_name("cct", cct.Config(weights="x" * 300, lr=lr), dict(weights=0, lr=0)) for lr in (1, 2)]
+    assert long[0] != long[1] and {*map(len, long)} == {205}
 
 
 @each_script
@@ -158,6 +161,7 @@ def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
     ("cct --data voc --adversarial", "--adversarial has no effect with --data voc, a single domain"),
     ("three_stage --batch 3 --batch-l 3", "expected at least one image"),
     ("three_stage --branch-stage3 ghat --lambda-pl 0", "--branch-stage3 has no effect"),
+    ("three_stage --scale 0.25 0.75", "--scale 0.25 0.75: expected multiples of 0.1"),
     ("c3_semiseg --batch 2 --groups 3", "a multiple of --groups 3"),
     ("c3_semiseg --skip-classes 9", "classes 0 to 8"),
     ("c3_semiseg --dcrs 1 --dcrs-beta 0.5", "--dcrs-beta has no effect")])

@@ -22,6 +22,7 @@ from conftest import (ROOT, SCRIPTS, STEPS, column, end, last, run_here, run_scr
                       start_script, steps_done, wait_for)
 from PIL import Image
 
+import cct
 import fixtures
 from common import checkpoint
 from common.datasets.shapes import open_shapes
@@ -78,7 +79,8 @@ def test_a_signal_and_then_kill_9_then_resume_is_bit_equal(whole, tiny, tmp_path
 def test_deaths_in_each_phase_of_weak_labels_then_resume_is_bit_equal(tiny, folder_data, tmp_path):
     """By kill -9 while the classifier trains, beside a pseudo-label of one that is gone, and while pseudo-labels
     are written; in the training with them by a signal, to which it listens again"""
-    arguments = [*tiny["cct"], "--weak", "--tags", f"{folder_data}/tags.txt", "--weak-epochs", 5]
+    tags = shutil.copy(folder_data / "tags.txt", tmp_path)
+    arguments = [*tiny["cct"], "--weak", "--tags", tags, "--weak-epochs", 5]
     run_here("cct", *arguments, "--out", tmp_path / "whole")
     assert min(Image.open(tmp_path / "whole/weak/pseudo.png").size) > 200
     folder = tmp_path / "run"
@@ -96,6 +98,10 @@ def test_deaths_in_each_phase_of_weak_labels_then_resume_is_bit_equal(tiny, fold
     assert (folder / "weak/finished.pt").stat().st_mtime == finished  # a phase that is done is not repeated
     with pytest.raises(UserError, match="is a classifier, which segments nothing"):
         run_here("cct", "--evaluate", folder / "weak/last.pt")
+    with open(tags, "a") as file:
+        file.write("# edited\n")
+    with pytest.raises(UserError, match="or of other --tags"):
+        run_here("cct", *arguments, "--out", folder)
 
 
 def test_a_crash_with_workers_ends_the_process():
@@ -249,6 +255,15 @@ def test_a_damaged_config_or_checkpoint_is_told(whole, tiny, tmp_path):
         (folder / name).write_bytes(content)
         with pytest.raises(UserError, match=said):
             run_here("cct", *tiny["cct"], "--steps", 1, "--out", folder)
+
+
+def test_a_checkpoint_is_scored_in_its_own_precision(whole, tmp_path):
+    state = checkpoint.load(whole("cct")[0] / "last.pt")
+    checkpoint.save(tmp_path / "last.pt", state | dict(config=state["config"] | dict(precision="bf16")))
+    for given, wanted in ({}, "bf16"), (dict(precision="fp32"), "fp32"):
+        ctx = Runtime("cpu")
+        checkpoint.open_checkpoint("cct", tmp_path / "last.pt", cct.Config(), given, ctx, [], {})
+        assert ctx.precision == wanted
 
 
 TWO = {  # flags whose result does not hang on float error, and the columns to compare

@@ -17,6 +17,7 @@ from torch import nn
 
 import fixtures
 import three_stage as ts
+from common import checkpoint
 from common.datasets import open_dataset
 from common.randaugment import source_map
 from common.settings import UserError, from_saved
@@ -411,6 +412,10 @@ def test_death_while_pseudo_masks_are_written(whole, flags, data, tmp_path, monk
 def test_masks_of_other_weights_are_not_reused(whole, flags, tmp_path):
     """A stage that is trained anew deletes its masks; with a later stage there, nothing is trained."""
     run = shutil.copytree(whole, tmp_path / "run")
+    finished = checkpoint.load(run / "stage1/finished.pt")
+    checkpoint.save(run / "stage1/finished.pt", finished | dict(labelled=[0]))
+    with pytest.raises(UserError, match="stage1 was trained with other labelled images"):
+        here(*flags, "--out", run)
     (run / "stage1/last.pt").unlink()
     with pytest.raises(UserError, match=r"holds the stages \[2, 3\], but this command trains 1 to 3"):
         here(*flags, "--out", run)

@@ -60,7 +60,7 @@ class Split:
     @property
     def fingerprint(self):
         """16 hexadecimal digits that tell this list of images from others"""
-        return sha1("\n".join(self.keys).encode()).hexdigest()[:16]
+        return sha1("\n".join(self.keys).encode(errors="surrogateescape")).hexdigest()[:16]
 
     def has_mask(self, i):
         return self.masks[i] is not None
