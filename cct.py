@@ -90,7 +90,6 @@ import math
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch

@@ -14,7 +14,7 @@ INPUT_SCALES = {  # mean, divisor, order is B, G, R?: input = (RGB of 0..255 - m
     "bgr": ((72.39239876, 82.90891754, 73.15835921), 255, True)}
 
 
-class ResNet(nn.Module):
+class ResNet(nn.Sequential):
     """torchvision's ResNet without its classifier, strides of layer3 and layer4 made dilations.
 
     [B, 3, H, W] -> [B, out_channels, ceil(H/8), ceil(W/8)]. `layers` keeps the first 2, 3 or all 4
@@ -40,11 +40,6 @@ class ResNet(nn.Module):
         self.out_channels = net.fc.in_features // 2 ** (4 - layers)  # every layer doubles them
         self.bn = bn
         hold_bn(self, bn)
-
-    def forward(self, x):
-        for part in self.children():
-            x = part(x)
-        return x
 
     def train(self, mode=True):
         super().train(mode)
@@ -120,26 +115,6 @@ class PSP(nn.Module):
         return self.fuse(torch.cat([x, *pooled], 1))
 
 
-class DeepLabResNet(ResNet):
-    """DeepLabv2's body: a ResNet to output stride 8 as Caffe has it, with torchvision's names.
-
-    Three things differ from torchvision's. The max-pooling rounds up (321 -> 41, 512 -> 65 cells);
-    every 3x3 of layer3 / layer4 is dilated by 2 / 4, the first too; the stride of layer2 sits on a
-    bottleneck's first 1x1 (`stride_on="3x3"`: where torchvision's weights were trained with it).
-    """
-
-    def __init__(self, name, layers=4, stride_on="1x1", bn="learn",
-                 input_scale="imagenet"):
-        super().__init__(name, layers, bn=bn, input_scale=input_scale)
-        self.maxpool.ceil_mode = True
-        for layer, dilation in (("layer3", 2), ("layer4", 4)):  # stride is 1 now: none is halved
-            dilate(getattr(self, layer, nn.Module()), dilation)
-        first = self.layer2[0]
-        if stride_on == "1x1" and hasattr(first, "conv3"):
-            first.conv1.stride = (2, 2)
-            first.conv2.stride = (1, 1)
-
-
 class ASPP(nn.Module):
     """DeepLabv2's classifier: the sum of 3x3 convolutions, one per rate (= dilation = padding).
 
@@ -159,12 +134,25 @@ class ASPP(nn.Module):
 
 
 class DeepLabV2(nn.Module):
-    """Single-scale DeepLabv2: `body` and `head` (ASPP); logits at the image's size."""
+    """Single-scale DeepLabv2: `body`, a ResNet to output stride 8, and `head` (ASPP).
+
+    As in Caffe, three things differ from torchvision's ResNet. The max-pooling rounds up (321 ->
+    41, 512 -> 65 cells); every 3x3 of layer3 / layer4 is dilated by 2 / 4, the first too; the
+    stride of layer2 sits on a bottleneck's first 1x1 (`stride_on="3x3"`: where torchvision's
+    weights were trained with it).
+    """
 
     def __init__(self, num_classes, name, layers=4, rates=(6, 12, 18, 24),
                  stride_on="1x1", bn="learn", input_scale="imagenet"):
         super().__init__()
-        self.body = DeepLabResNet(name, layers, stride_on, bn, input_scale)
+        self.body = ResNet(name, layers, bn=bn, input_scale=input_scale)
+        self.body.maxpool.ceil_mode = True
+        for layer, dilation in (("layer3", 2), ("layer4", 4)):  # stride is 1 now: none is halved
+            dilate(getattr(self.body, layer, nn.Module()), dilation)
+        first = self.body.layer2[0]
+        if stride_on == "1x1" and hasattr(first, "conv3"):
+            first.conv1.stride = (2, 2)
+            first.conv2.stride = (1, 1)
         self.head = ASPP(self.body.out_channels, num_classes, rates)
 
     def forward(self, x):
@@ -215,8 +203,6 @@ def hold_bn(module, policy):
     which update the running ones, but weight and bias fixed. statistics: running statistics, but
     weight and bias learn. learn: ordinary.
     """
-    if policy not in ("frozen", "affine", "statistics", "learn"):
-        raise ValueError(f"bn policy {policy!r}: expected frozen, affine, statistics or learn")
     for norm in module.modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm):
             if policy in ("frozen", "affine"):

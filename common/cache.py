@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from common.datasets.masks import Split
+from common.files import replacing
 from common.run_folder import make_folder
-from common.settings import UserError
 from common.transforms import resize, to_tensors
 
 
@@ -49,17 +49,10 @@ class Cached(Split):
         except (FileNotFoundError, EOFError, ValueError):
             pass  # not there, or cut short; if it is the source that is missing, decode says so
         array = decode()
-        temporary = self.folder / f"{name}.{os.getpid()}"
-        try:
-            with open(temporary, "wb") as file:
-                np.save(file, array)
-            os.utime(temporary, ns=(age, age))
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(f"{path} cannot be written ({error.strerror or error}): expected room "
-                            f"for the decoded images; give another --cache folder, or none"
-                            ) from error
+        with replacing(path, "wb", f".{os.getpid()}") as file:
+            np.save(file, array)
+            file.flush()
+            os.utime(file.fileno(), ns=(age, age))
         return array
 
 

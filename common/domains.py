@@ -1,7 +1,7 @@
 """Several datasets in one training, `--data a+b`: each is a domain with settings of its own."""
 import dataclasses
 
-from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
+from common.datasets import check_classes, choose_labelled, open_dataset
 from common.datasets.tags import Tagged
 from common.settings import UserError, flag, from_saved
 
@@ -47,9 +47,6 @@ def settings_of_domains(cfg, given, presets, own):
     own: fields that every domain takes from its own dataset's preset, unless a flag sets them.
     """
     names = cfg.data.split("+")
-    if unknown := [name for name in names if name not in DATASETS]:
-        raise UserError(f"--data {cfg.data}: {unknown[0]!r} is no dataset; expected one, or "
-                        f"several with + between, of {', '.join(DATASETS)}")
     parts = {name: one_each(name, getattr(cfg, name), len(names)) for name in GIVEN_FOR_EACH}
     fields = {field.name: field for field in dataclasses.fields(cfg)}
     from_preset = [name for name in own

@@ -7,15 +7,17 @@ from common.settings import UserError
 
 
 @contextmanager
-def replacing(path, mode="w", newline=None):
+def replacing(path, mode="w", suffix=".tmp"):
     """`with replacing(path) as file: ..` writes or replaces `path` atomically.
 
-    Raises UserError when that fails, as on a full disk; the old file is kept then.
+    suffix: of the temporary file, which the next writer overwrites if a kill left it; processes
+    that may write one `path` at the same time need their own. Raises UserError when writing fails,
+    as on a full disk; the old file is kept then.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")  # after a kill, the next one overwrites it
+    temporary = path.with_name(path.name + suffix)
     try:
-        with open(temporary, mode, newline=newline) as file:
+        with open(temporary, mode) as file:
             yield file
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch's own RuntimeError hides the disk's error

@@ -144,7 +144,7 @@ class Log:
 
     def _rewrite(self):
         """Write log.csv anew, with its header, atomically."""
-        with replacing(self.folder / "log.csv", newline="") as file:
+        with replacing(self.folder / "log.csv") as file:
             writer = csv.DictWriter(file, self._columns, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self._rows)

@@ -16,39 +16,22 @@ class ConfusionMatrix:
     def __init__(self, num_classes, device):
         self.num_classes = num_classes
         self.matrix = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        self.illegal = torch.zeros((), dtype=torch.int64, device=device)  # pixels of no class
 
     def update(self, prediction, target):
-        """Add pixels: integer tensors of one shape, on the matrix's device; target 255 is ignored.
-
-        Nothing here waits for the device, as a boolean index or bincount would. Ids that are no
-        class are therefore only counted; iou() and the other scores raise ValueError for them.
-        """
-        if prediction.shape != target.shape:
-            raise ValueError(f"a prediction of shape {tuple(prediction.shape)} does not fit "
-                             f"a target of shape {tuple(target.shape)}")
-        count = self.num_classes
-        legal = (target >= 0) & (target < count) & (prediction >= 0) & (prediction < count)
-        self.illegal += ((target != IGNORE) & ~legal).sum()
-        pair = (target.long() * count + prediction).where(legal, 0).flatten()
-        self.matrix.view(-1).scatter_add_(0, pair, legal.flatten().long())
+        """Add pixels: integer tensors of one shape, on the matrix's device, of 0..C-1; target 255
+        is ignored. Nothing here waits for the device, as a boolean index or bincount would."""
+        counts = target != IGNORE
+        pair = (target.long() * self.num_classes + prediction).where(counts, 0).flatten()
+        self.matrix.view(-1).scatter_add_(0, pair, counts.flatten().long())
 
     def reduce(self):
         """Sum over all processes. To be called once, by every process, after the last update."""
         if dist.is_initialized():
             dist.all_reduce(self.matrix)
-            dist.all_reduce(self.illegal)
-
-    def _counts(self):
-        """The matrix on the host, float64. ValueError if an id that is no class was counted."""
-        if self.illegal:
-            raise ValueError(f"{self.illegal} pixels have an id that is neither a class 0.."
-                             f"{self.num_classes - 1} nor, in the truth, {IGNORE}")
-        return self.matrix.cpu().double()
 
     def iou(self):
         """Per class, hits / (truth + prediction - hits), 0..1; NaN for an absent class."""
-        counts = self._counts()
+        counts = self.matrix.cpu().double()
         hits = counts.diagonal()
         return (hits / (counts.sum(0) + counts.sum(1) - hits)).tolist()  # 0 / 0 = NaN
 
@@ -58,13 +41,13 @@ class ConfusionMatrix:
 
     def accuracy(self):
         """Share of the scored pixels whose class is right, 0..1; NaN if nothing was scored."""
-        counts = self._counts()
+        counts = self.matrix.cpu().double()
         return (counts.trace() / counts.sum()).item()
 
     def table(self, names):
         """Per class IoU (nan: absent) and share of the true pixels, in percent; then the means."""
         ious = self.iou()
-        truth = self._counts().sum(1)
+        truth = self.matrix.sum(1)
         width = max(len(name) for name in [*names, "mean of 000 classes"])
         lines = [f"{'class':{width}}   IoU %  pixels %"]
         for name, iou, share in zip(names, ious, (truth / truth.sum()).tolist(), strict=True):

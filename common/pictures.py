@@ -15,33 +15,26 @@ LINE = 24        # height of a line of text
 GAP = 12
 
 
-def _full_palette(palette):
-    """uint8 [256, 3]: the classes' colours, then black, VOID for 255."""
-    colours = np.zeros((256, 3), np.uint8)
-    colours[:len(palette)] = palette
-    colours[IGNORE] = VOID
-    return colours
-
-
 def save_picture(picture, path):
     """Write a PNG so that `path` is always a whole file. Raises UserError if that fails."""
     with replacing(path, "wb") as file:
         picture.save(file, format="PNG")
 
 
-def save_mask(ids, palette, path):
-    """Write a label map as an 8-bit palette PNG whose pixel values are the class ids.
-
-    ids: integers [H, W], 0..C-1 or 255; palette: uint8 [C, 3].
-    """
+def coloured(ids, palette):
+    """Label map, integers [H, W] in 0..C-1 or 255 -> palette picture whose pixel values are the
+    class ids. palette: uint8 [C, 3]; 255 has the colour VOID."""
+    colours = np.zeros((256, 3), np.uint8)  # Pillow would pack the pixels of fewer colours
+    colours[:len(palette)] = palette
+    colours[IGNORE] = VOID
     picture = Image.fromarray(np.asarray(ids).astype(np.uint8))
-    picture.putpalette(_full_palette(palette).tobytes())  # all 256: Pillow packs fewer
-    save_picture(picture, path)
+    picture.putpalette(colours.tobytes())
+    return picture
 
 
-def colour(ids, palette):
-    """Label map, integers [H, W] in 0..C-1 or 255 -> uint8 [H, W, 3]."""
-    return _full_palette(palette)[np.asarray(ids)]
+def save_mask(ids, palette, path):
+    """Write a label map as an 8-bit palette PNG, see `coloured`."""
+    save_picture(coloured(ids, palette), path)
 
 
 def prediction_panel(rows, palette, names, titles=("image", "truth", "prediction")):
@@ -64,9 +57,11 @@ def prediction_panel(rows, palette, names, titles=("image", "truth", "prediction
         x = GAP + i * (cell[0] + GAP)
         draw.text((x + cell[0] // 2, LINE // 2), title, "black", font, "mm")
         for row, example in enumerate(rows):
-            pixels = example[0] if i == 0 else colour(example[i], palette)
+            picture = Image.fromarray(example[0])
+            if i > 0:
+                picture = coloured(example[i], palette).convert("RGB")
             method = Image.Resampling.BICUBIC if i == 0 else Image.Resampling.NEAREST
-            picture = ImageOps.pad(Image.fromarray(pixels), cell, method, "white")
+            picture = ImageOps.pad(picture, cell, method, "white")
             panel.paste(picture, (x, LINE + row * (cell[1] + GAP)))
     for i, (name, rgb) in enumerate(entries):
         x = GAP + i // lines * entry  # the legend is filled column by column

@@ -79,7 +79,7 @@ def test_no_room_none_and_a_folder_that_cannot_be_written(data, tmp_path, monkey
     assert keep(data, tmp_path, cache="none") is data
     kept = keep(data, tmp_path).train
     shutil.rmtree(kept.folder)
-    with pytest.raises(UserError, match="--cache"):
+    with pytest.raises(UserError, match="image.npy cannot be written"):
         kept.image(0)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="--cache"):

@@ -20,8 +20,7 @@ from PIL import Image
 
 from common.datasets import SegmentationData, choose_labelled, open_dataset
 from common.datasets.labelled import read_list
-from common.datasets.masks import find_files, read_image
-from common.datasets.mat import read_mat
+from common.datasets.masks import find_files, read_image, read_mat
 from common.datasets.tags import Tagged, read_tags
 from common.datasets.voc import voc_palette
 from fixtures import (BDD, CAMVID, CAMVID_COLOURS, CITY_IDS, CITY_TRAIN, CITY_VAL, PCONTEXT, SBD_ONLY,
@@ -497,12 +496,10 @@ def test_folder_keys_may_hold_blanks_commas_and_dots(tmp_path):
     ("voc", ["{0}", "{0}.jpg"], "1 images are listed twice ({0})"), ("voc", [], "the list is empty"),
     ("voc", ["{0}", "{2}"], "1 images belong to val, which is scored ({2})"),
     ("folder", ["{0}", "unlabeled/new2"], "1 of the 2 images have no mask (unlabeled/new2)"),
-    ("voc", ["JPEGImages/{0}.jpg {3}/{0}.png"], "line 3: {3}/{0}.png is not the mask of {0} in --root"),
-    ("folder", ["{0}\tmasks/train/more/img0.png"], "line 3: masks/train/more/img0.png is not")])
+    ("folder", ["{0}", ","], "line 4: ,")])
 def test_lists_that_do_not_fit_are_refused(tmp_path, name, rows, wrong):
     data, file = open_dataset(name, MAKERS[name](tmp_path / "data")), tmp_path / "list.txt"
-    names = (data.train.keys[0], data.train.keys[1], data.val.keys[0], tmp_path / "outside")
-    save_gray(tmp_path / f"outside/{names[0]}.png", np.zeros((4, 5)))
+    names = (data.train.keys[0], data.train.keys[1], data.val.keys[0])
     save_lines(file, ["# a comment", "", *(row.format(*names) for row in rows)])
     message = error_of(choose_labelled, data, "all", file, 0)
     assert message.startswith(str(file)) and wrong.format(*names) in message

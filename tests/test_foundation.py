@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from common import transforms
-from common.backbones import ASPP, PSP, DeepLabResNet, DeepLabV3Plus, ResNet, hold_bn, upsample
+from common.backbones import ASPP, PSP, DeepLabV2, DeepLabV3Plus, ResNet, hold_bn, upsample
 from common.datasets.shapes import open_shapes
 from common.random import Random, mix
 from common.runtime import Runtime
@@ -44,7 +44,7 @@ def test_dilations_and_output_sizes(name):
     x = torch.empty(1, 3, 321, 480, device="meta")
     with torch.device("meta"):
         net = ResNet(name)
-        deeplab = DeepLabResNet(name)
+        deeplab = DeepLabV2(19, name).body
         truncated = ResNet(name, 2)
         plus = DeepLabV3Plus(19, name).body
     assert net(x).shape == (1, net.out_channels, 41, 60)
@@ -59,7 +59,7 @@ def test_dilations_and_output_sizes(name):
 @pytest.mark.parametrize("stride_on, strided", [("1x1", "conv1"), ("3x3", "conv2")])
 def test_deeplab_strides_where_its_weights_were_trained_to(stride_on, strided):
     with torch.device("meta"):
-        block = DeepLabResNet("resnet101", stride_on=stride_on).layer2[0]
+        block = DeepLabV2(19, "resnet101", stride_on=stride_on).body.layer2[0]
     convolutions = {name: m for name, m in block.named_children() if isinstance(m, nn.Conv2d)}
     assert [name for name, m in convolutions.items() if m.stride == (2, 2)] == [strided]
 

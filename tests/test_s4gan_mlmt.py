@@ -525,7 +525,7 @@ def test_branches_one_after_the_other_in_one_folder(whole, base, tmp_path, monke
     written = (tmp_path / "last.pt").stat().st_mtime_ns
     go(f"{base} {BOTH} --out {tmp_path}")
     assert (tmp_path / "last.pt").stat().st_mtime_ns == written  # a finished branch A is not repeated
-    assert loaded == ["DeepLabResNet", "ResNet"]
+    assert loaded == ["ResNet", "ResNet"]
     assert column(whole, "miou_fused") == column(tmp_path, "miou_fused")
     assert same_state(last(whole / "mlmt")["net"], last(tmp_path / "mlmt")["net"])
     with pytest.raises(UserError, match="--mlmt-batch was 2, now 3"):

@@ -253,10 +253,10 @@ def test_static_void_is_what_is_void_in_every_labelled_mask(data, tmp_path, monk
 
 
 @pytest.mark.parametrize("name, shape, classes, said", [
-    ("nothing", (90, 90), C, "nothing.png: expected a pseudo-mask that can be read"),
-    ("torn", (90, 90), C, "torn.png: expected a pseudo-mask that can be read"),
-    ("good", (4, 4), C, r"expected 8-bit ids .*\(4, 4\), found uint8 \(90, 90\)"),
-    ("good", (90, 90), 4, "ids 0..3 of .* up to 4"), ("deep", (90, 90), C, "expected .* found uint16")])
+    ("nothing", (90, 90), C, "nothing.png: cannot be read as a mask"),
+    ("torn", (90, 90), C, "torn.png: cannot be read as a mask"),
+    ("good", (4, 4), C, r"expected ids .*\(4, 4\), found \(90, 90\)"),
+    ("good", (90, 90), 4, "ids 0..3 of .* up to 4"), ("deep", (90, 90), C, "16 bits; expected a PNG of class")])
 def test_foreign_or_missing_pseudo_masks(tmp_path, name, shape, classes, said):
     mask = ids(0, 90, 90).numpy()
     fixtures.save_gray(tmp_path / "good.png", mask)

@@ -70,21 +70,17 @@ def read_list(path, data):
     A line is a key, or the path of an image, whatever its prefix; the path of its mask may follow
     after a tab, a comma or a blank, but the dataset's own mask is read. Comments (#) are skipped.
     """
-    own, scored = dict(zip(data.train.keys, data.train.masks)), set(data.val.keys)
-    known = own.keys() | scored
+    own = set(data.train.keys)
+    scored = set(data.val.keys)
     keys, strange = [], []
     for number, line in numbered_lines(path):
         separator = r"[\t,]" if re.search(r"[\t,]", line) else r"\s"
         columns = [line] if line in own else re.split(separator, line.replace("\\", "/"))
-        columns = [column.strip() for column in columns if column.strip()]
-        key = find_key(columns[0], data.key_pattern, known)
+        first = next((column.strip() for column in columns if column.strip()), "")
+        key = find_key(first, data.key_pattern, own | scored)
         keys.append(key)
         if key is None:
             strange.append(f"line {number}: {line}")
-        for column in columns[1:]:
-            if key in own and not _is_its_mask(column, key, own, data.key_pattern):
-                raise UserError(f"{path}, line {number}: {column} is not the mask of {key} in "
-                                f"--root; expected one image, and no mask but its own")
     repeated = [key for key, count in Counter(keys).items() if count > 1]
     leaked = [key for key in keys if key in scored]
     for found, text in ((strange, f"lines name no image of {data.name}, as {min(own)} does"),
@@ -95,17 +91,6 @@ def read_list(path, data):
     if not keys:
         raise UserError(f"{path}: the list is empty")
     return keys
-
-
-def _is_its_mask(path, key, own, pattern):
-    """Is `path` the mask of `key` in own, {key: path}, or a -1, 0 or 1 of VOC's class lists?"""
-    if pattern and path in ("-1", "0", "1"):
-        return True
-    mask = str(own[key])  # in SUN RGB-D its number may differ from the key's
-    if os.path.isabs(path) and os.path.exists(path):  # else it is a path of another machine
-        return os.path.realpath(path) == os.path.realpath(mask)
-    same_name = pattern and os.path.basename(path) == os.path.basename(mask)
-    return same_name or find_key(path, pattern, own) == key
 
 
 def find_key(path, pattern, known):

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from common.datasets.mat import read_mat
 from common.settings import UserError
 from common.transforms import IGNORE
 
@@ -72,14 +71,12 @@ class Split:
     def mask(self, i):
         """uint8 [H, W], 0..C-1 and 255. UserError names the file, what is wrong, and why."""
         path = self.masks[i]
-        if path is None:
-            raise UserError(f"{self.images[i]} has no mask")
         name = os.path.basename(path)
         encoding = next(self.encodings[part] for part in self.encodings if part in name)
         if name.endswith(".mat"):
             raw = read_mat(path, encoding.variable)
         else:
-            raw = _read_png(path, encoding.colours)
+            raw = read_png(path, encoding.colours)
         _compare_size(path, raw.shape, self.images[i])
         mask = encoding.table[raw]
         if (mask == INVALID).any():
@@ -207,7 +204,7 @@ def read_image(path):
         return np.array(picture.convert("RGB"))
 
 
-def _read_png(path, colours):
+def read_png(path, colours=False):
     """[H, W]: the values stored in an 8-bit gray or a palette PNG, or its colours, 0xrrggbb."""
     with _opened(path, "a mask") as picture:
         raw = np.array(picture.convert("RGB") if colours else picture)
@@ -218,6 +215,23 @@ def _read_png(path, colours):
         raise UserError(f"{path}: a {picture.format} file of mode {picture.mode}, {bits} bits; "
                         f"expected a PNG of class ids, 8-bit gray or with a palette")
     return raw @ np.array([0x10000, 0x100, 1], np.uint32) if colours else raw
+
+
+def read_mat(path, variable):
+    """uint16 [H, W]: a variable of a MAT 5 file, or (`struct.field`) the field of one."""
+    import scipy.io  # takes most of a second, and few datasets need it
+    try:
+        name, _, field = variable.partition(".")
+        found = scipy.io.loadmat(path, variable_names=[name])[name]
+        if field:
+            found = found[field][0, 0]
+        with np.errstate(invalid="ignore"):
+            mask = found.astype(np.uint16)
+        if (mask != found).any():
+            raise ValueError("its values are not whole numbers from 0 to 65535")
+        return mask
+    except Exception as error:  # which one it is depends on the damage
+        raise UserError(f"{path}: cannot be read as a MAT file of {variable} ({error})") from error
 
 
 def _compare_size(path, size, image):

@@ -2,10 +2,9 @@
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
+from common.datasets.masks import read_png
 from common.miou import ConfusionMatrix
 from common.settings import UserError
 from common.transforms import IGNORE
@@ -17,15 +16,11 @@ def mask_path(folder, split, i):
 
 def read_mask(path, shape, num_classes):
     """uint8 [H, W]. UserError if the file is missing, or classes or shape (None: any) are wrong."""
-    try:
-        mask = np.array(Image.open(path))
-    except (OSError, SyntaxError) as error:  # Pillow's errors for missing and damaged files
-        raise UserError(f"{path}: expected a pseudo-mask that can be read ({error})") from error
+    mask = read_png(path)
     shape = mask.shape if shape is None else tuple(shape)
-    fits = mask.shape == shape and mask.dtype == np.uint8
-    if not fits or ((mask >= num_classes) & (mask != IGNORE)).any():
-        raise UserError(f"{path}: expected 8-bit ids 0..{num_classes - 1} of (height, width) = "
-                        f"{shape}, found {mask.dtype} {mask.shape} up to {mask.max()}")
+    if mask.shape != shape or ((mask >= num_classes) & (mask != IGNORE)).any():
+        raise UserError(f"{path}: expected ids 0..{num_classes - 1} of (height, width) = {shape}, "
+                        f"found {mask.shape} up to {mask.max()}")
     return torch.from_numpy(mask)
 
 
