@@ -65,6 +65,7 @@ import sys
 from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -217,8 +218,9 @@ def settle(cfg, given):
     check_needs(given, cfg)
     if cfg.classifier:
         raise UserError("--classifier works with --evaluate or --predict only")
-    if "tau" in given and cfg.branch != "both" or "background" in given and cfg.branch == "s4gan":
-        raise UserError(f"--tau and --background have no effect with --branch {cfg.branch}")
+    for name, branches in (("tau", ("both",)), ("background", B["branch"])):
+        if name in given and cfg.branch not in branches:
+            raise UserError(f"--{name} has no effect with --branch {cfg.branch}")
     if cfg.network == "deeplabv3plus" and given.get("backbone_layers", 4) < 4:
         raise UserError("--network deeplabv3plus has all 4 layers: drop --backbone-layers")
     if cfg.head_lr_mult is None:
@@ -794,9 +796,7 @@ def main(argv=None):
         cfg.background = given.get("background", of_b.background)
     elif "tau" in given:
         raise UserError("--tau has no effect without --classifier")
-    if max(cfg.background, default=0) >= len(state["classes"]):
-        raise UserError(f"--background {max(cfg.background)}: the classes of {path} are 0 to "
-                        f"{len(state['classes']) - 1}")
+    check_classes("background", cfg.background, SimpleNamespace(**state))
     if isinstance(net, Classifier) and (cfg.predict or cfg.classifier or cfg.heuristics):
         raise UserError(f"{path} is a classifier, which segments nothing: give a checkpoint of "
                         f"branch A, such as runs/.../last.pt")

@@ -538,8 +538,10 @@ def test_branches_one_after_the_other_in_one_folder(whole, base, tmp_path, monke
     ("--evaluate {a} --classifier {other}", "with these classes"),
     ("--evaluate {a} --size 8", "--size has no effect on scoring with --eval-size full"),
     ("--evaluate {a} --tau 0.5", "--tau has no effect without --classifier"),
-    ("--predict {a} --classifier {b} --background 99 --images x", "--background 99: the classes of .* 0 to "),
-    ("--branch s4gan --tau 0.5", "--tau and --background have no effect with --branch s4gan"),
+    ("--predict {a} --classifier {b} --background 99 --images x", "--background 99: folder has the classes 0 to"),
+    ("--branch s4gan --tau 0.5", "--tau has no effect with --branch s4gan"),
+    ("--branch mlmt --tau 0.5", "--tau has no effect with --branch mlmt"),
+    ("--branch s4gan --background 1", "--background has no effect with --branch s4gan"),
     ("--branch s4gan --crop 8 --pad-label 50", "--pad-label 50: shapes has the classes"),
     ("--network deeplabv3plus --backbone-layers 2", "has all 4 layers"),
     ("--classifier {b}", "works with --evaluate or --predict")])
