@@ -36,5 +36,5 @@ if [[ $parts == *" camvid "* ]]; then  # from scratch, at the papers' 360x480
             timeout 200 python $script.py $flags $kind --out "$out/$script$kind" | tail -n 14
         done
     done
-    python -m common.summary "$out"/*
+    python -m common.summary "$out"/* --panel --out "$out.png"
 fi
