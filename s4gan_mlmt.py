@@ -548,7 +548,8 @@ def train(cfg):
     tagged = Tagged(data, labelled, cfg.tags, cfg.background, needed)  # errors come before branch A
     if cfg.branch == "both":  # errors come now, not after branch A
         ctx.share(cfg.mlmt_batch, "--mlmt-batch")
-        ctx.share(0 if cfg.supervised else cfg.mlmt_batch_u, "--mlmt-batch-u")
+        if not cfg.supervised:
+            ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u")
     begun = (Path(cfg.out) / "mlmt/last.pt").exists()
     folder = RunFolder("s4gan_mlmt", cfg, ctx, data, free=() if begun else OF_B)
     data = cached(data, cfg.size, cfg, ctx)

@@ -78,8 +78,10 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
                         f"own settings")
     try:
         config = from_saved(config_class, state["config"], given)
-        each = [from_saved(config_class, state["config"] | domain.get("own", {}), given)
-                for domain in state["domains"]]
+        domains = state["domains"]
+        domains = [one for one in domains if one["name"] == given.get("data")] or domains
+        each = [from_saved(config_class, state["config"] | one.get("own", {}), given)
+                for one in domains]
         state |= state["domains"][0]  # the dataset of all scripts but cct.py, which takes several
         state["step"], state["palette"].tolist(), len(state["classes"])  # an error if missing
     except (LookupError, TypeError, AttributeError) as error:

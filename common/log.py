@@ -139,8 +139,9 @@ class Log:
         else:
             with open(self.folder / "log.csv", "a", newline="") as file:
                 csv.DictWriter(file, self._columns, lineterminator="\n").writerow(row)
-        for name, value in values.items() if self._writer else ():
-            self._writer.add_scalar(name, value, step)
+        for name, value in values.items():
+            if self._writer:
+                self._writer.add_scalar(name, value, step)
 
     def _rewrite(self):
         """Write log.csv anew, with its header, atomically."""

@@ -23,6 +23,7 @@ from common.datasets.labelled import read_list
 from common.datasets.masks import find_files, read_image, read_mat
 from common.datasets.tags import Tagged, read_tags
 from common.datasets.voc import voc_palette
+from common.settings import say
 from fixtures import (BDD, CAMVID, CAMVID_COLOURS, CITY_IDS, CITY_TRAIN, CITY_VAL, PCONTEXT, SBD_ONLY,
                       SUN_37_TO_13, VOC_TRAIN, VOC_VAL, blocks, make_bdd100k, make_camvid,
                       make_cityscapes, make_folder, make_pcontext, make_sbd, make_sunrgbd,
@@ -607,3 +608,14 @@ def test_tags_are_those_of_the_file_or_of_a_mask_that_may_be_opened(tmp_path):
     assert "tags.txt: 4 of 9 training images have no tags (train/more/img0, " in message
     assert "--weak: 3 of 9 training images have no tags (unlabeled/" in error_of(Tagged, data, [0, 1])
     assert Tagged(data, [0, 1], needed=[0, 1]).mask(1).tolist() == [False, False, True, False]
+
+
+def test_names_of_files_need_not_be_utf8(tmp_path, capsys):
+    root = make_folder(tmp_path / "data")
+    before = open_dataset("folder", root).train.fingerprint
+    for path in (root / "images/train/img0.jpg", root / "masks/train/img0.png"):
+        path.rename(os.fsdecode(os.fsencode(path.parent) + b"/caf\xe9" + os.fsencode(path.suffix)))
+    data = open_dataset("folder", root)
+    assert len(data.train.fingerprint) == 16 and data.train.fingerprint != before
+    say(data.train.keys[0])
+    assert capsys.readouterr().out == "train/caf?\n"

@@ -505,6 +505,12 @@ def test_domains_of_a_checkpoint_are_scored_and_chosen(tiny, folder_data, tmp_pa
         run_here("cct", "--evaluate", out / "last.pt", *flags)
         said = capsys.readouterr().out.strip().splitlines()[-1]
         assert f"mIoU {100 * score:.1f} on" in said and images in said
+    state = checkpoint.load(out / "last.pt")  # the second domain is scored at a --size, the first is not
+    state["domains"][1]["own"] |= dict(size=[16, 24], long_side=None, eval_size="train")
+    checkpoint.save(tmp_path / "sized.pt", state)
+    one = ["--evaluate", tmp_path / "sized.pt", "--data", "folder_2", "--root", second]
+    run_here("cct", *one, "--eval-size", "train")
+    assert "on 3 val images" in capsys.readouterr().out
     photos = second / "images/val"
     predict = ["--predict", out / "last.pt", "--images", photos]
     for flags, said in ((["--data", "folder_3"], "--data folder_3: .* knows the domains folder, folder_2"),
