@@ -509,14 +509,17 @@ def distance(kind, p, logits):
     p: main probabilities [B, C, H, W], float32, a constant; logits [B, C, H, W] of an auxiliary
     decoder.
     """
-    if kind == "kl":
-        return (torch.xlogy(p, p) - p * logits.log_softmax(1, dtype=p.dtype)).mean(1)
-    q = logits.softmax(1, dtype=p.dtype)
-    if kind == "mse":
-        return F.mse_loss(q, p, reduction="none").mean(1)
-    # probabilities may underflow to 0
-    log_p, log_q, log_m = (x.clamp(min=1e-30).log() for x in (p, q, (p + q) / 2))  # js
-    return (p * (log_p - log_m) + q * (log_q - log_m)).mean(1) / 2
+    match kind:
+        case "mse":
+            d = F.mse_loss(logits.softmax(1, dtype=p.dtype), p, reduction="none")
+        case "kl":
+            d = torch.xlogy(p, p) - p * logits.log_softmax(1, dtype=p.dtype)
+        case "js":
+            q = logits.softmax(1, dtype=p.dtype)
+            # probabilities may underflow to 0
+            log_p, log_q, log_m = (x.clamp(min=1e-30).log() for x in (p, q, (p + q) / 2))
+            d = (p * (log_p - log_m) + q * (log_q - log_m)) / 2
+    return d.sum(1) / p.shape[1]  # the backward pass of mean(1) would fill [B, C, H, W] once more
 
 
 def pairwise(logits, mean_q):
@@ -783,9 +786,10 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
     losses = dict(loss_u=0.0, w_u=w_u)
     losses |= dict(loss_w=0.0, w_w=w_w) if cfg.weak else {}
     losses |= dict(loss_pairwise=0.0) if paired else {}
+    difference = torch.compile(distance) if cfg.compile else distance
     for k in range(len(names)):
         logits_k = auxiliary_logits(k, auxiliary, z, guides, step, cfg, ctx)
-        loss_k = (distance(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 2, 7-9
+        loss_k = (difference(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 2, 7-9
         losses["loss_u"] += loss_k.detach()
         total_k = w_u * loss_k
         if cfg.weak:
