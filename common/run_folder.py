@@ -236,11 +236,11 @@ def keep_config(folder, config, free=()):
     """Write config.json; if the folder holds a run already, refuse settings that contradict it.
 
     free: fields that may differ beside those declared so. A folder without a checkpoint holds no
-    run yet. Raises UserError naming every difference.
+    run yet. Raises UserError naming every difference, or for somebody else's config.json.
     """
     path = folder / "config.json"
     now = json.loads(json.dumps(to_save(config)))
-    if path.exists() and any(folder.rglob("*.pt")):
+    if path.exists():
         try:
             before = json.loads(path.read_text())
             before = {name: before[name] for name in now}
@@ -252,7 +252,7 @@ def keep_config(folder, config, free=()):
         differences = [f"{flag(name)} was {show(before[name], kinds[name])}, now "
                        f"{show(now[name], kinds[name])}" for name in now
                        if name not in free and before[name] != now[name]]
-        if differences:
+        if differences and any(folder.rglob("*.pt")):
             raise UserError(f"{folder} holds a run with other settings ({'; '.join(differences)}): "
                             f"repeat its command to resume it, or choose another folder with --out")
     with replacing(path) as file:

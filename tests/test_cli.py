@@ -1,6 +1,7 @@
 """The command line: help, errors, presets, and the promises of the documentation."""
 import ast
 import dataclasses
+import json
 import importlib
 import inspect
 import re
@@ -77,6 +78,13 @@ def test_config_survives_json_and_checkpoint(tmp_path):
         keep_config(tmp_path, Toy(size=(3, 5), ids=(), steps=7))
     keep_config(tmp_path, dataclasses.replace(config, lr=0.7))  # declared free
     keep_config(tmp_path, dataclasses.replace(config, ids=()), free=("ids",))
+
+
+def test_somebody_elses_config_is_kept(tmp_path):
+    (tmp_path / "config.json").write_text('{"theme": "dark"}')
+    with pytest.raises(UserError, match="or of another script"):
+        keep_config(tmp_path, Toy())
+    assert json.loads((tmp_path / "config.json").read_text()) == {"theme": "dark"}
 
 
 def test_acts_are_not_remembered():
