@@ -372,6 +372,7 @@ class Auxiliary(nn.Module):
             Decoder(in_channels, num_classes, cfg.decoder_init, cfg.last_relu) for _ in self.names)
         is_object = torch.tensor([c not in cfg.background for c in range(num_classes)])
         self.register_buffer("is_object", is_object, persistent=False)
+        self.distance = torch.compile(distance) if cfg.compile else distance  # Eq. 7-9
 
 
 class Discriminator(nn.Sequential):
@@ -786,10 +787,9 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
     losses = dict(loss_u=0.0, w_u=w_u)
     losses |= dict(loss_w=0.0, w_w=w_w) if cfg.weak else {}
     losses |= dict(loss_pairwise=0.0) if paired else {}
-    difference = torch.compile(distance) if cfg.compile else distance
     for k in range(len(names)):
         logits_k = auxiliary_logits(k, auxiliary, z, guides, step, cfg, ctx)
-        loss_k = (difference(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 2, 7-9
+        loss_k = (auxiliary.distance(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 2, 7-9
         losses["loss_u"] += loss_k.detach()
         total_k = w_u * loss_k
         if cfg.weak:

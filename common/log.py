@@ -1,10 +1,9 @@
 """A run's log: progress lines, log.csv, curves.png, and TensorBoard if it is installed."""
 import csv
 import datetime
-import importlib.util
 import math
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 
@@ -21,8 +20,8 @@ class Log:
     """What a run says and writes down. Every process calls every method; `main` prints and writes.
 
     A row has means over the steps since the last one, images_per_s, data_wait (share of the time
-    inside `waiting`; both count the start-up in the first row) and gpu_gb (the peak so far). Every
-    row has `seconds` since the one before, whose sum is the time that a run took, all in all.
+    inside `waiting`; both count the start-up in the first row) and gpu_gb (the peak since then).
+    Every row has `seconds` since the one before, whose sum is the time that a run took, all in all.
     folder: an existing Path. start_step: steps already done; later rows of log.csv are dropped.
     images_per_step: over all processes. mean: tensor -> its mean over them, None if there is one.
     clock: [time of the last row], a list that the logs of one run share.
@@ -48,7 +47,7 @@ class Log:
         self._columns, rows = read_rows(folder / "log.csv")
         self._rows = [row for row in rows if int(row["step"]) <= start_step]
         self._rewrite()
-        if importlib.util.find_spec("tensorboard"):
+        with suppress(ImportError):  # without TensorBoard
             from torch.utils.tensorboard import SummaryWriter
             self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
 
@@ -95,6 +94,7 @@ class Log:
         values["data_wait"] = self._waited / (now - self._since)
         if self.device.type == "cuda":
             values["gpu_gb"] = torch.cuda.max_memory_allocated(self.device) / 2 ** 30
+            torch.cuda.reset_peak_memory_stats(self.device)
         left = (now - self._begin) / (step - self.start_step) * (self.total_steps - step)
         self._record(step, values, f"ETA {datetime.timedelta(seconds=round(left))}")
         self._kept = []

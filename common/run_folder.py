@@ -208,6 +208,8 @@ class RunFolder:
             self.save(step)
             self.ctx.say(f"stopped by a signal: saved at step {step}; the same command resumes")
             self.log.close()
+            self.ctx.barrier()  # a process that ends has torchrun end the others
+            self.ctx.close()
             raise SystemExit(143)
 
 

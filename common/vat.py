@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # whose rounding would exceed xi * r
 def adversarial(z, logits_of, rng, xi=0.1, eps=2.0, released=False):
     """Eq. 13-15: the direction of length eps, per sample, in which the prediction changes most.
 

@@ -168,11 +168,13 @@ def decoders(precision, channels=512, classes=21):
     """Table 13: the main decoder, and each type of auxiliary ones, on one z of two sizes. The blobs
     of G-Cutout, found once for all decoders of a step, have a row of their own."""
     ctx = Runtime("auto", precision)
+    torch.backends.cudnn.benchmark = True  # as in a training
     print(f"{ctx}, z of {channels} channels, {classes} classes")
     print("| decoder | z | MB kept | ms |\n|--|--|--|--|")
     for height, width in ((96, 96), (256, 128)):
-        z = torch.rand(1, channels, height, width, device=ctx.device, requires_grad=True)
-        main = cct.Decoder(channels, classes).to(ctx.device)
+        z = torch.rand(1, channels, height, width, device=ctx.device)
+        z = z.to(memory_format=torch.channels_last).requires_grad_()
+        main = ctx.place(cct.Decoder(channels, classes))
         coarse = (torch.rand(1, 1, 6, 6, device=ctx.device) > 0.6).float()
         objects = F.interpolate(coarse, (8 * height, 8 * width))[:, 0] > 0
         guides = objects, find_blobs(objects)
@@ -183,7 +185,7 @@ def decoders(precision, channels=512, classes=21):
         rows = {"main": clean, "find_blobs": lambda: find_blobs(objects)[0]}
         for name in cct.PERTURBATIONS:
             cfg = cct.Config(k=1, perturbations=(name,), decoder_init="icnr")
-            auxiliary = cct.Auxiliary(cfg, channels, classes).to(ctx.device)
+            auxiliary = ctx.place(cct.Auxiliary(cfg, channels, classes))
             arguments = (0, auxiliary, z, guides, 0, cfg, ctx)
             rows[name] = lambda arguments=arguments: cct.auxiliary_logits(*arguments)
         for name, call in rows.items():
@@ -201,6 +203,7 @@ def main():
     parser.add_argument("--loader", action="store_true", help="time the reading of images instead")
     parser.add_argument("--decoders", action="store_true", help="time cct.py's decoders instead")
     args, others = parser.parse_known_args()
+    print("bench.py", *sys.argv[1:], flush=True)
     if args.loader:
         loader(args.steps)
         return

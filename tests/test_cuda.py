@@ -4,12 +4,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SCRIPTS, column, run_here
+from torch import nn
 
 from common import checkpoint
 from common.log import Log
 from common.random import Random
 from common.run_folder import RunFolder
+from common.runtime import SyncBatchNorm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LOSSES = {"cct": ("loss_s", "loss_u"), "three_stage": ("loss_seg", "loss_con"),
@@ -21,13 +24,14 @@ class CpuDraws(Random):
 
     def __init__(self, key=(0,), device="cpu", rank=0, world=1):
         super().__init__(key, "cpu", rank, world)
-        self.target = device
+        self.device = device
 
     def shared(self, *shape):
-        return super().shared(*shape).to(self.target)
+        return torch.rand(shape, generator=self.generator).to(self.device)
 
-    def _rows(self, *arguments):
-        return super()._rows(*arguments).to(self.target)
+    def _rows(self, draw, batch, shape):
+        numbers = draw((batch * self.world, *shape), generator=self.generator)
+        return numbers[self.rank * batch:(self.rank + 1) * batch].to(self.device)
 
 
 def train(tiny, script, out, *flags):
@@ -47,7 +51,31 @@ def test_losses_are_those_of_the_cpu(tiny, tmp_path, monkeypatch, script, flags)
         expected = column(tmp_path / "cpu", name)
         assert values.keys() == expected.keys() and all(map(math.isfinite, values.values()))
         first = min(expected)  # later ones drift apart
-        assert values[first] == pytest.approx(expected[first], rel=0.1 if "16" in flags else 0.02, abs=0.01)
+        assert values[first] == pytest.approx(expected[first], rel=0.1 if "16" in flags else 0.02, abs=0.002)
+    for path in (tmp_path / "cuda").rglob("last.pt") if "fp16" in flags else ():
+        scaler = checkpoint.load(path).get("scaler", dict(_growth_tracker=1))
+        assert scaler["_growth_tracker"] > 0  # its last step was taken, not skipped
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_synchronised_bn_of_one_process_is_pytorchs(tmp_path, dtype):
+    torch.manual_seed(0)
+    x, dy = (3 * torch.randn(2, 4, 8, 9, 7, device="cuda") + 1).to(dtype)
+    weight, bias = torch.randn(2, 8)
+    results = []
+    dist.init_process_group("nccl", f"file://{tmp_path}/store", rank=0, world_size=1)
+    for kind in (nn.BatchNorm2d, SyncBatchNorm):
+        norm = kind(8)
+        norm.load_state_dict(norm.state_dict() | dict(weight=weight, bias=bias))
+        norm = norm.to("cuda")
+        mine = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = norm(mine)
+        y.backward(dy)
+        assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
+        results.append([y, mine.grad, norm.weight.grad, norm.bias.grad, *norm.buffers()])
+    dist.destroy_process_group()
+    tolerance = 1e-4 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
