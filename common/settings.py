@@ -78,7 +78,7 @@ class BaseConfig:
                          free=True, scoring=True)
     precision: str = option("auto", "auto is bf16 (fp16 on old GPUs) on CUDA and fp32 on CPU",
                             ("auto", "fp32", "bf16", "fp16"), scoring=True)
-    compile: bool = option(False, "torch.compile the networks and heavy losses", free=True)
+    compile: bool = option(False, "torch.compile the heavy parts of a step", free=True)
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment, per "
                           "stream; by default 8, or the number of cores if it is smaller",
                           within=(0, 256), free=True, scoring=True)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that needs a machine with a GPU, in one pass (about an hour, never run yet) or in parts:
+# All that needs a machine with a GPU, in one pass (an hour by estimate; not run yet) or in parts:
 #   tests/gpu.sh [CAMVID [OUT]] | tee gpu.txt
 #   PARTS="tests speed" tests/gpu.sh
 set -uo pipefail

@@ -333,6 +333,17 @@ def test_i_vat_survives_tiny_and_absent_gradients_and_is_inert_as_released():
     assert max(norms(released)) < 0.05
 
 
+def test_i_vat_turns_tf32_off_and_leaves_it_as_it_was():
+    seen = []
+
+    def logits_of(z):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return z
+    before = torch.backends.cudnn.allow_tf32
+    cct.adversarial(features(), logits_of, Random((1,)))
+    assert before and seen == [False, False] and torch.backends.cudnn.allow_tf32 == before
+
+
 # ---- the training step: Eq. 2, 3, 10, who gets which gradient, and the baselines of Table 4
 
 @pytest.fixture

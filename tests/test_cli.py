@@ -1,9 +1,9 @@
 """The command line: help, errors, presets, and the promises of the documentation."""
 import ast
 import dataclasses
-import json
 import importlib
 import inspect
+import json
 import re
 import typing
 
