@@ -49,14 +49,15 @@ Commands
   python c3_semiseg.py --evaluate best_model.pth --data cityscapes   score the authors' checkpoint
   python c3_semiseg.py --predict runs/.../last.pt --images photos/   palette PNGs
 """
+import math
 import sys
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tvf
 
 from common import transforms as T
@@ -246,14 +247,22 @@ OPS = {  # RandAugment's photometric operations: (PIL image, level 0..10) -> ima
 }
 
 
-def rotate(image, mask, degrees, rng):
-    """By an integer angle of -degrees..degrees about the centre; what enters is black / ignore."""
-    angle = int(rng.integers(-degrees, degrees + 1))
-    if angle:
-        image = tvf.rotate(tvf.to_pil_image(image), angle, InterpolationMode.BILINEAR, fill=0)
-        mask = tvf.rotate(tvf.to_pil_image(mask[None]), angle, InterpolationMode.NEAREST, fill=255)
-        return tvf.pil_to_tensor(image), tvf.pil_to_tensor(mask)[0]
-    return image, mask
+def rotate(image, mask, degrees, size, rng):
+    """By an integer angle of -degrees..degrees about the centre; what enters is black / ignore.
+    Only a random window of the result is made, of `size` (H, W) or what there is of it."""
+    height, width = image.shape[1:]
+    rows = min(size[0], height)
+    columns = min(size[1], width)
+    angle = math.radians(int(rng.integers(-degrees, degrees + 1)))
+    y = int(rng.integers(height - rows + 1)) - height / 2  # the window's corner from the centre
+    x = int(rng.integers(width - columns + 1)) - width / 2
+    cos = math.cos(angle)
+    sin = math.sin(angle)
+    source = (cos, -sin, cos * x - sin * y + width / 2, sin, cos, sin * x + cos * y + height / 2)
+    affine = ((columns, rows), Image.Transform.AFFINE, source)
+    image = tvf.to_pil_image(image).transform(*affine, Image.Resampling.BILINEAR)
+    mask = tvf.to_pil_image(mask[None]).transform(*affine, Image.Resampling.NEAREST, fillcolor=255)
+    return tvf.pil_to_tensor(image), tvf.pil_to_tensor(mask)[0]
 
 
 def boxes(count, size, rng):
@@ -414,16 +423,16 @@ def augment(cfg, labelled, image, mask, rng):
     if cfg.long_side:
         scale = scale * cfg.long_side / max(image.shape[1:])
     image, mask = T.resize(image, mask, [max(1, round(side * scale)) for side in size])
+    crop = cfg.crop or image.shape[1:]
     if not labelled:
         mask = torch.zeros(image.shape[1:], dtype=torch.uint8)  # invented pixels become 255
-        image, mask = rotate(image, mask, cfg.rotate, rng)
-    if cfg.crop:
-        image, mask = T.pad_to(image, mask, cfg.crop)
-        image, mask = T.random_crop(image, mask, cfg.crop, rng)
+        image, mask = rotate(image, mask, cfg.rotate, crop, rng)
+    image, mask = T.pad_to(image, mask, crop)
+    image, mask = T.random_crop(image, mask, crop, rng)
     if cfg.flip:
         image, mask = T.random_flip(image, mask, rng)
     if labelled:
-        return rotate(image, mask, cfg.rotate, rng)
+        return rotate(image, mask, cfg.rotate, crop, rng)
     x_t = photometry(image, cfg.teacher_aug, rng)
     x_s = photometry(image, cfg.student_aug, rng)
     return (x_t, x_s, mask != T.IGNORE), None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CTX, batch_of, column, count, ids, last, normal, run_here, same_state
+from PIL import Image
 from torch import nn
 
 import c3_semiseg as c3
@@ -124,14 +125,22 @@ def test_rand_augment_applies_operations_half_of_the_time_at_up_to_level_10():
     assert len(c3.OPS) == 10 and rng.normal.call_args == call(10, 0.5)
 
 
-def test_rotate_marks_what_it_invents():
-    image = torch.full((3, 40, 60), 200, dtype=torch.uint8)
-    rng = Mock()
-    rng.integers.return_value = 10
-    out, mask = c3.rotate(image, torch.full((40, 60), 4, dtype=torch.uint8), 10, rng)
-    invented = mask == 255
-    assert (out[:, invented] < 110).all()
-    rng.integers.assert_called_with(-10, 11)
+def test_rotate_makes_a_window_of_the_rotated_image_and_marks_what_it_invents():
+    image = ids(0, 3, 40, 60, high=256).byte()
+    mask = ids(1, 40, 60, high=5).byte()
+    for angle in (-10, 0, 7):
+        expected = c3.tvf.pil_to_tensor(c3.tvf.to_pil_image(image).rotate(angle, Image.Resampling.BILINEAR))
+        labels = c3.tvf.rotate(mask[None], angle, fill=255)[0]
+        for size, top, left in (((40, 60), 0, 0), ((20, 24), 20, 0), ((20, 24), 3, 36), ((99, 24), 0, 30)):
+            rng = Mock()
+            rng.integers.side_effect = [angle, top, left]
+            x, y = c3.rotate(image, mask, 10, size, rng)
+            window = np.s_[..., top:top + size[0], left:left + size[1]]
+            assert torch.equal(x, expected[window])
+            assert (y == labels[window]).float().mean() > 0.99  # ties of the nearest pixel
+            assert rng.integers.call_args_list[0] == call(-10, 11)
+    x, y = c3.rotate(torch.full_like(image, 200), mask, 10, (40, 60), np.random.default_rng(3))
+    assert (y == 255).any() and (x[:, y == 255] < 110).all()
 
 
 def frame():
