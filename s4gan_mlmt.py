@@ -67,12 +67,11 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import ImageFilter
 from torch import nn
-from torchvision.transforms.v2 import functional as tvf
 
 from common import transforms as T
 from common.backbones import INPUT_SCALES, DeepLabV2, DeepLabV3Plus
@@ -83,6 +82,7 @@ from common.datasets import DATASETS, check_classes, choose_labelled, open_datas
 from common.datasets.tags import Tagged
 from common.inference import Examples, predict_folder
 from common.miou import ConfusionMatrix
+from common.photometry import colour_jitter, gaussian_blur
 from common.random import mix
 from common.regions import count_pixels
 from common.roc import auc, in_words, roc_picture
@@ -395,19 +395,24 @@ def augment(cfg, image, mask, rng):
     return image, mask
 
 
-def two_views(cfg, strong, image, tags, rng):
-    """Training transform of branch B -> ((student's view, teacher's), z [C]: the image's tags)
-
-    Weak view: flip. Strong view, the student's of unlabelled images: jitter, flip and blur."""
+def two_views(cfg, image, tags, rng):
+    """Training transform of branch B -> (weak views for student and teacher, z [C]: the tags)"""
     image, z = T.to_tensors(image, tags)
     image, _ = T.resize(image, None, cfg.mlmt_size)
     teacher, _ = T.random_flip(image, None, rng)
-    if strong:
-        picture = T.colour_jitter(tvf.to_pil_image(image), rng, 0.4, 0.1)
-        sigma = rng.uniform(*cfg.mlmt_blur)
-        image = tvf.pil_to_tensor(picture.filter(ImageFilter.GaussianBlur(sigma)))
     student, _ = T.random_flip(image, None, rng)
     return (student, teacher), z
+
+
+def strong_view(x, step, cfg, ctx):
+    """The student's view of unlabelled images: x [B, 3, h, w] with jitter and blur (D10)"""
+    rng = ctx.random(cfg.seed, "strong view", step)
+    order = np.random.default_rng(mix(cfg.seed, "jitter", step)).permutation(4)
+    x = colour_jitter(T.denormalise(x), rng.uniform(len(x), 4), order, 0.4, 0.1)
+    low, high = cfg.mlmt_blur
+    sigma = low + (high - low) * rng.uniform(len(x))
+    x = gaussian_blur(x, sigma, math.ceil(3 * high))
+    return T.normalise(x).contiguous(memory_format=torch.channels_last)
 
 
 def streams(data, labelled, unlabelled, step, cfg, ctx):
@@ -693,9 +698,9 @@ def train_mlmt(data, tagged, labelled, unlabelled, folder, cfg, ctx):
     step = folder.resume(cfg.mlmt_batch + semi * cfg.mlmt_batch_u, steps, net=classifier,
                          student=student, optimizer=optimizer, scaler=ctx.scaler)
     wrapped = ctx.wrap(student, cfg.compile)
-    weak, strong = partial(two_views, cfg, False), partial(two_views, cfg, True)
-    stream_l = Stream(tagged, labelled, weak, cfg.seed, "mlmt labelled", True)
-    stream_u = Stream(tagged, unlabelled, strong, cfg.seed, "mlmt unlabelled", False)
+    views = partial(two_views, cfg)
+    stream_l = Stream(tagged, labelled, views, cfg.seed, "mlmt labelled", True)
+    stream_u = Stream(tagged, unlabelled, views, cfg.seed, "mlmt unlabelled", False)
     share_l = ctx.share(cfg.mlmt_batch, "--mlmt-batch")
     share_u = ctx.share(cfg.mlmt_batch_u, "--mlmt-batch-u") if semi else 0
     batches_l = endless(stream_l, share_l, step, cfg.workers, ctx)
@@ -715,7 +720,9 @@ def train_mlmt(data, tagged, labelled, unlabelled, folder, cfg, ctx):
         set_lr(optimizer, lr)
         with folder.log.waiting():
             (x_l, x_l2), z_l = next(batches_l)
-            x_u, x_u2 = next(batches_u) if semi else (None, None)  # strong view, weak view
+            x_u, x_u2 = next(batches_u) if semi else (None, None)
+        if semi:
+            x_u = strong_view(x_u, step, cfg, ctx)
         optimizer.zero_grad()
         with ctx.autocast():
             if semi:

@@ -27,7 +27,7 @@ SERVERS = {  # --format: the names that the test server knows, and the palette o
 class Examples:
     """Six images spread over this process's share of the scored split, with truth and prediction.
 
-    rows: list of (image uint8 [H, W, 3], truth [H, W], prediction [H, W]), numpy.
+    rows: list of [image uint8 [H, W, 3], truth [H, W], prediction [H, W]], numpy.
     """
 
     def __init__(self, count, ctx):
@@ -39,8 +39,8 @@ class Examples:
         """The next batch: normalised images [B, 3, H, W], masks and predictions [B, H, W]"""
         for image, truth, predicted in zip(x, y, prediction):
             if self.seen % self.every == 0 and len(self.rows) < 6:
-                maps = (m.byte().cpu().numpy() for m in (truth, predicted))
-                self.rows.append((denormalise(image), *maps))
+                image = (255 * denormalise(image)).round().clamp(0, 255).permute(1, 2, 0)
+                self.rows.append([x.byte().cpu().numpy() for x in (image, truth, predicted)])
             self.seen += 1
 
 

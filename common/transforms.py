@@ -35,19 +35,24 @@ def resize_long_side(image, mask, length):
     return resize(image, mask, size, InterpolationMode.BICUBIC)
 
 
+def mean_and_std(device):
+    """Of ImageNet, [3, 1, 1] each. The host does not wait for the GPU, as in torchvision's
+    normalize."""
+    return [torch.tensor(values)[:, None, None].to(device, non_blocking=True)
+            for values in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
 def normalise(image):
-    """uint8 [.., 3, H, W] in 0..255 -> float32 with zero mean and unit variance per channel. The
-    same as torchvision's normalize, but the host does not wait for the GPU."""
-    mean, std = (torch.tensor(values)[:, None, None].to(image.device, non_blocking=True)
-                 for values in (IMAGENET_MEAN, IMAGENET_STD))
+    """[.., 3, H, W], uint8 in 0..255 or float32 in 0..1 -> float32 with zero mean and unit variance
+    per channel"""
+    mean, std = mean_and_std(image.device)
     return (tvf.to_dtype(image, torch.float32, scale=True) - mean) / std
 
 
 def denormalise(image):
-    """The inverse, for pictures: float [3, H, W] -> numpy uint8 [H, W, 3]."""
-    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    image = (image.cpu().float() * std + mean) * 255
-    return image.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    """The inverse: float32 [.., 3, H, W] -> float32 in 0..1"""
+    mean, std = mean_and_std(image.device)
+    return image * std + mean
 
 
 def pad_to(image, mask, size, label=IGNORE):

@@ -519,7 +519,7 @@ def test_mlmt_steps(double, release, small, monkeypatch, tmp_path):
     nn.ModuleDict(dict(S=ours)).load_state_dict(renamed(start, MT_NAMES), strict=False)
     feeds = iter([iter([((x, x), z) for x, z in lab]), iter([(strong, weak) for weak, strong in unlab])])
     replace(monkeypatch, s4, endless=lambda *_: next(feeds), Classifier=lambda *_: ours, load_weights=nothing,
-            roc_picture=nothing, evaluate_classifier=lambda *_: (0, 0, ((), ())))
+            roc_picture=nothing, evaluate_classifier=lambda *_: (0, 0, ((), ())), strong_view=lambda x, *_: x)
     with recorded(monkeypatch, dict(S=ours)) as mine:
         teacher, *_ = call(s4.train_mlmt, data=SimpleNamespace(classes=range(5), train=[]), tagged=None,
                            labelled=range(4), unlabelled=[], folder=books(tmp_path), cfg=cfg, ctx=CTX)
@@ -530,7 +530,7 @@ def test_mlmt_steps(double, release, small, monkeypatch, tmp_path):
 
 
 def test_mlmt_images(release, monkeypatch):
-    """Two views: the ranges of jitter and blur, the size, and the chance of a flip are theirs"""
+    """Strong view: the ranges of jitter and blur, the size, and the chance of a flip are theirs"""
     module = release("semisup-semseg")("train_mlmt")
     views = []
     module.data.DatasetProcessing = lambda *a, **_: views.append(a[4]) or range(9)
@@ -538,11 +538,14 @@ def test_mlmt_images(release, monkeypatch):
     module.create_data_loaders()
     resize, jitter, flip, blur, *_ = views[1].aug_transform.transforms
     cfg = config(s4, "--data voc")
-    drawn = []
-    rng = SimpleNamespace(permutation=lambda _: (), random=lambda: 0.499, uniform=lambda a, b, n=None:
-                          drawn.extend([(a, b)] * (n or 1)) or ([0] * n if n else (a + b) / 2))
-    s4.two_views(cfg, True, np.zeros((9, 9, 3), np.uint8), None, rng)
-    assert drawn == [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue, tuple(blur.sigma)]
+    drawn = {}
+    replace(monkeypatch, s4, gaussian_blur=lambda x, sigma, _: drawn.update(sigma=sigma) or x,
+            colour_jitter=lambda x, u, _, factor, hue: drawn.update(factor=factor, hue=hue) or x)
+    s4.strong_view(images(999, 2), 0, cfg, CTX)
+    assert (1 - drawn["factor"], 1 + drawn["factor"]) == jitter.brightness == jitter.contrast == jitter.saturation
+    assert (-drawn["hue"], drawn["hue"]) == jitter.hue
+    low, high = blur.sigma
+    assert low < drawn["sigma"].min() < low + 0.1 and high - 0.1 < drawn["sigma"].max() < high
     assert (resize.size, flip.p) == (cfg.mlmt_size, 0.5)
     x = torch.arange(6).view(1, 2, 3)
     assert [T.random_flip(x, None, Drawn(u))[0][0, 0, 0] for u in (0.499, 0.5)] == [2, 0]
@@ -1134,7 +1137,7 @@ def test_cct_images(release, monkeypatch):
         rng = SimpleNamespace(random=lambda: 0.9 - 0.8 * flip,
                               integers=lambda *r: draws[(0, *r)[-2], r[-1] - 1])
         ours, _ = cct.augment(cfg, image, mask, rng)
-        gap = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - T.denormalise(x)).max()
+        gap = (ours - (255 * T.denormalise(x)).round()).abs().max()
         agree("cct", "augmentation: greys", int(gap), 2)
 
 

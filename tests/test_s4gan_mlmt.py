@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CTX, batch_of, column, count, last, normal, run_here, same_state
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import nn
+from torchvision.transforms.v2 import functional as tvf
 
 import fixtures
 import s4gan_mlmt as s4
@@ -22,6 +23,7 @@ from common import transforms as T
 from common.command_line import parse
 from common.datasets import choose_labelled, open_dataset
 from common.miou import ConfusionMatrix
+from common.photometry import gaussian_blur, turn_hue
 from common.random import Random, mix
 from common.roc import auc, in_words, roc
 from common.settings import UserError
@@ -271,17 +273,39 @@ def test_two_views():
     plain, _ = T.resize(torch.from_numpy(image).permute(2, 0, 1), None, (32, 32))
     seen = set()
     for k in range(12):
-        views, z = s4.two_views(cfg, False, image, tags, np.random.default_rng(k))
+        views, z = s4.two_views(cfg, image, tags, np.random.default_rng(k))
         assert z.tolist() == [0, 0, 1, 0]
         assert all(torch.equal(view, plain) or torch.equal(view, plain.flip(2)) for view in views)
         seen.add(tuple(torch.equal(view, plain) for view in views))
     assert len(seen) == 4  # the flips are independent
-    views, z = s4.two_views(cfg, True, image, None, np.random.default_rng(0))
-    rng = np.random.default_rng(0)
-    assert torch.equal(views[1], T.random_flip(plain, None, rng)[0]) and z is None
-    jittered = T.colour_jitter(T.tvf.to_pil_image(plain), rng, 0.4, 0.1)
-    blurred = jittered.filter(ImageFilter.GaussianBlur(rng.uniform(0.5, 1)))
-    assert torch.equal(views[0], T.random_flip(T.tvf.pil_to_tensor(blurred), None, rng)[0])
+    assert s4.two_views(cfg, image, None, np.random.default_rng(0))[1] is None
+
+
+def test_strong_view_is_torchvisions_jitter_and_blur_with_numbers_of_each_image():
+    cfg = config("--mlmt-blur 0.5 1")
+    x = torch.rand(3, 3, 20, 24, generator=torch.Generator().manual_seed(0))
+    out = T.denormalise(s4.strong_view(T.normalise(x), 4, cfg, CTX))
+    rng = CTX.random(cfg.seed, "strong view", 4)
+    amounts = (2 * rng.uniform(3, 4) - 1).tolist()
+    sigmas = 0.5 + 0.5 * rng.uniform(3)
+    order = np.random.default_rng(mix(cfg.seed, "jitter", 4)).permutation(4)
+    for image, (brightness, contrast, saturation, hue), sigma, ours in zip(x, amounts, sigmas, out):
+        steps = [lambda x, f=brightness: tvf.adjust_brightness(x, 1 + 0.4 * f),
+                 lambda x, f=contrast: tvf.adjust_contrast(x, 1 + 0.4 * f),
+                 lambda x, f=saturation: tvf.adjust_saturation(x, 1 + 0.4 * f),
+                 lambda x, f=hue: tvf.adjust_hue(x, 0.1 * f)]
+        for k in order:
+            image = steps[k](image)
+        padded = F.pad(image[None], [3] * 4, mode="replicate")
+        expected = tvf.gaussian_blur(padded, [7, 7], [float(sigma)] * 2)[0, :, 3:-3, 3:-3]
+        assert torch.allclose(ours, expected, atol=1e-5)
+
+
+def test_grey_images_have_no_hue_and_no_blur_changes_nothing():
+    x = torch.tensor([0.0, 0.4, 1.0])[:, None, None, None].expand(3, 3, 2, 2)
+    assert torch.allclose(turn_hue(x, torch.full((3, 1, 1, 1), 0.3)), x)
+    assert torch.equal(gaussian_blur(x, torch.zeros(3), 0), x)
+    assert torch.allclose(gaussian_blur(x, torch.tensor([0.0, 0.1, 50.0]), 150), x)
 
 
 def test_centre_square_of_pcontext():
@@ -439,8 +463,8 @@ def test_steps_of_branch_b_are_those_of_the_paper(scaled, base, tmp_path, flags)
     student = s4.Classifier(cfg, C).train().to(memory_format=torch.channels_last)
     teacher = copy.deepcopy(student)
     start = copy.deepcopy(student.state_dict())
-    stream_l = Stream(split, labelled, partial(s4.two_views, cfg, False), cfg.seed, "mlmt labelled", True)
-    stream_u = Stream(split, unlabelled, partial(s4.two_views, cfg, True), cfg.seed, "mlmt unlabelled", False)
+    stream_l = Stream(split, labelled, partial(s4.two_views, cfg), cfg.seed, "mlmt labelled", True)
+    stream_u = Stream(split, unlabelled, partial(s4.two_views, cfg), cfg.seed, "mlmt unlabelled", False)
     optimizer = torch.optim.SGD(student.parameters(), 1, 0.9, nesterov=True,
                                 weight_decay=cfg.mlmt_weight_decay)
     assert math.ceil(len(labelled) / cfg.mlmt_batch) == 3
@@ -455,6 +479,7 @@ def test_steps_of_branch_b_are_those_of_the_paper(scaled, base, tmp_path, flags)
         rows.append(dict(loss_cce=loss, lr=lr))
         if semi:
             x_u, x_u2 = batch_of(stream_u, step, 2)
+            x_u = s4.strong_view(x_u, step, cfg, CTX)
             first = cfg.mlmt_batch if cfg.cons_on == "unlabelled" else 0
             g = torch.cat([g, student(x_u)])[first:]
             h = torch.cat([teacher(x_l2), teacher(x_u2)])[first:].detach()
