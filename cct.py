@@ -203,11 +203,9 @@ class Config(BaseConfig):
                                         within=(0.01, 100), needs=dict(long_side=ANY))
     multi_scale: bool = option(False, "score with 5 scales and flips (App. F)", scoring=True)
 
-    decoder_init: str | None = option(None, "initial weights of the sub-pixel convolutions [icnr; "
-                                            "identity with --weights none]",
-                                      ("icnr", "identity"), group="network")
     stem: str | None = option(None, "the ResNet's first convolutions: one of 7x7, or deep, three "
-                                    "of 3x3 (D13) [what --weights have]", ("7x7", "deep"))
+                                    "of 3x3 (D13) [what --weights have]", ("7x7", "deep"),
+                              group="network")
     last_relu: bool = option(True, "ReLU after the last sub-pixel convolution, as released")
     supervised_loss: str = option("ce", "L_s: ce (Eq. 1) or ab_ce (Eq. 4)", ("ce", "ab_ce"),
                                   group="optimisation")
@@ -260,13 +258,10 @@ RELEASED = (dict(names={  # files of the authors' code
 def settle(cfg, given):
     """Fill in what one setting decides about others. -> {name: Config} of the domains of --data
     a+b, whose images are treated as their own preset says, unless flags do. Raises UserError."""
-    scratch = cfg.weights == "none"
-    if cfg.decoder_init is None:
-        cfg.decoder_init = "identity" if scratch else "icnr"
     if cfg.stem is None:
         cfg.stem = stem_of(cfg.weights)
     if cfg.backbone_lr_mult is None:
-        cfg.backbone_lr_mult = 1.0 if scratch else 0.1
+        cfg.backbone_lr_mult = 1.0 if cfg.weights == "none" else 0.1
     cfg.out = cfg.out or run_name("cct", cfg, given)
     if cfg.adversarial and "+" not in cfg.data:
         raise UserError(f"--adversarial has no effect with --data {cfg.data}, a single domain")
@@ -286,15 +281,15 @@ class Decoder(nn.Module):
     512 C + 12 C^2 + 12 C parameters.
     """
 
-    def __init__(self, in_channels, num_classes, init="icnr", last_relu=True):
+    def __init__(self, in_channels, num_classes, scratch=False, last_relu=True):
         super().__init__()
         self.last_relu = last_relu
         self.adapt = nn.Conv2d(in_channels, num_classes, 1, bias=False)
         self.subpixel = nn.ModuleList(nn.Conv2d(num_classes, 4 * num_classes, 1) for _ in range(3))
         nn.init.kaiming_normal_(self.adapt.weight, nonlinearity="relu")
         for conv in self.subpixel:
-            init_subpixel_(conv, init)
-        if init == "identity":  # lifts the logits above the ReLUs; softmax ignores a common shift
+            init_subpixel_(conv, scratch)
+        if scratch:  # D14; lifts the logits above the ReLUs; softmax ignores a common shift
             nn.init.constant_(self.subpixel[0].bias, 4.0)
 
     def forward(self, z):
@@ -309,16 +304,14 @@ class Decoder(nn.Module):
 
 
 @torch.no_grad()
-def init_subpixel_(conv, init):
-    """ICNR: the four sub-pixels of a class start with one weight row, as nearest upsampling.
-
-    icnr (code): a Kaiming-normal C x C matrix, biases as PyTorch draws them. identity: no bias and
-    the identity matrix: the decoder starts as nearest upsampling of the first layer's logits.
-    """
+def init_subpixel_(conv, scratch):
+    """ICNR: the four sub-pixels of a class start with one row of a Kaiming-normal C x C matrix,
+    biases as PyTorch draws them. From scratch (D14) the identity matrix and no bias: the decoder
+    starts as nearest upsampling of the first layer's logits."""
     c = conv.in_channels
-    kernel = nn.init.kaiming_normal_(torch.empty(c, c)) if init == "icnr" else torch.eye(c)
+    kernel = torch.eye(c) if scratch else nn.init.kaiming_normal_(torch.empty(c, c))
     conv.weight.copy_(kernel.repeat_interleave(4, 0)[:, :, None, None])
-    if init == "identity":
+    if scratch:
         conv.bias.zero_()
 
 
@@ -348,7 +341,8 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder = Encoder(cfg)
         channels = self.encoder.psp.out_channels
-        self.decoders = nn.ModuleList(Decoder(channels, c, cfg.decoder_init, cfg.last_relu)
+        scratch = cfg.weights == "none"
+        self.decoders = nn.ModuleList(Decoder(channels, c, scratch, cfg.last_relu)
                                       for c in nums_classes)
 
     def forward(self, x, domain=0):
@@ -368,8 +362,9 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.names = [name for name, count in PERTURBATIONS.items() if name in cfg.perturbations
                       for _ in range(cfg.k or count)]
-        self.decoders = nn.ModuleList(
-            Decoder(in_channels, num_classes, cfg.decoder_init, cfg.last_relu) for _ in self.names)
+        scratch = cfg.weights == "none"
+        self.decoders = nn.ModuleList(Decoder(in_channels, num_classes, scratch, cfg.last_relu)
+                                      for _ in self.names)
         is_object = torch.tensor([c not in cfg.background for c in range(num_classes)])
         self.register_buffer("is_object", is_object, persistent=False)
         self.distance = torch.compile(distance) if cfg.compile else distance  # Eq. 7-9

@@ -39,7 +39,7 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       by the range of another batch. As in the code, only true maps are 0 at ignored pixels.
   D8  Eq. 2 leaves the norm open, Eq. 5 the factor: L1 with a mean, and 1/2, as in the code.
   D9  As in the code, D's score that selects images for L_st is computed before D's update, with
-      dropout (without: --gate-eval); in step 0 no image is selected.
+      dropout; in step 0 no image is selected.
   D10 Eq. 6 prints a softmax cross-entropy, which allows one class per image: sigmoids, as in the
       code. L_cons is the paper's; the code's is --cons cosine --cons-on unlabelled. Its ramp, the
       optimiser and the views of branch B are the code's; the paper gives none.
@@ -126,7 +126,6 @@ class Config(BaseConfig):
     lambda_st: float = option(1.0, "weight of self-training (Eq. 4)", within=(0, 1e6), needs=GAN)
     lambda_adv: float = option(0.0, "weight of -log D (of Table 6)", within=(0, 1e6), needs=GAN)
     gamma: float = option(0.6, "lowest score of D to train on (Eq. 3)", within=(0, 1), needs=ST)
-    gate_eval: bool = option(False, "compute D's score for --gamma without dropout (D9)", needs=ST)
     d_dropout: str = option("spatial", "D's dropout: of channels, or of single values (D6)",
                             ("spatial", "elementwise"), needs=GAN)
     d_width: int = option(64, "channels of D's first convolution", within=(1, 4096), needs=GAN)
@@ -405,13 +404,11 @@ def two_views(cfg, image, tags, rng):
 
 
 def strong_view(x, step, cfg, ctx):
-    """The student's view of unlabelled images: x [B, 3, h, w] with jitter and blur (D10)"""
+    """The student's view of unlabelled images: x [B, 3, h, w] with jitter and blur"""
     rng = ctx.random(cfg.seed, "strong view", step)
     order = np.random.default_rng(mix(cfg.seed, "jitter", step)).permutation(4)
     x = colour_jitter(T.denormalise(x), rng.uniform(len(x), 4), order, 0.4, 0.1)
-    low, high = cfg.mlmt_blur
-    sigma = low + (high - low) * rng.uniform(len(x))
-    x = gaussian_blur(x, sigma, math.ceil(3 * high))
+    x = gaussian_blur(x, rng.uniform(len(x)), *cfg.mlmt_blur)
     return T.normalise(x).contiguous(memory_format=torch.channels_last)
 
 
@@ -625,14 +622,13 @@ def train_s4gan(data, labelled, unlabelled, folder, cfg, ctx):
                 real = one_hot(y_r, num_classes)
                 d_fake, f_fake = discriminator(fake, image_u, rng[0])
                 _, f_real = discriminator(real, image_r, rng[1])
-                gate = discriminator(fake, image_u)[0] if cfg.gate_eval else d_fake  # D9
             else:
                 logits_l = wrapped(x_l)
         loss = loss_ce = cross_entropy(logits_l, y_l, ctx.count(y_l != T.IGNORE))  # Eq. 1
         terms = dict(loss_ce=loss_ce)
         if gan:
             loss_fm = feature_matching(global_mean(f_real, ctx), global_mean(f_fake, ctx))  # Eq. 2
-            passed = (gate.detach().sigmoid() >= cfg.gamma) & (step > 0)
+            passed = (d_fake.detach().sigmoid() >= cfg.gamma) & (step > 0)  # D9
             loss_st = self_training(logits_u, passed, ctx.count(passed))  # Eq. 3
             loss = loss + cfg.lambda_fm * loss_fm + cfg.lambda_st * loss_st  # Eq. 4
             loss = loss + cfg.lambda_adv * adversarial(d_fake)  # Table 6

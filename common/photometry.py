@@ -1,5 +1,7 @@
 """Colour jitter and Gaussian blur of a batch on its device, with numbers of its own for every image
 (torchvision's have one for all). Only s4gan_mlmt.py uses it; it can be copied on its own."""
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -44,9 +46,11 @@ def turn_hue(x, turn):
     return value - chroma * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
-def gaussian_blur(x, sigma, radius):
-    """x [B, C, H, W] with a standard deviation of sigma [B] pixels, out to a radius; beyond its
-    edges an image goes on as they are"""
+def gaussian_blur(x, u, low, high):
+    """Gaussian blur whose standard deviation is U(low, high) pixels; beyond its edges an image goes
+    on as they are. x [B, C, H, W]; u [B] ~ U[0, 1)"""
+    sigma = low + (high - low) * u
+    radius = math.ceil(3 * high)
     offset = torch.arange(-radius, radius + 1, device=x.device)
     kernel = (-0.5 * (offset / sigma.clamp(min=1e-3)[:, None]) ** 2).softmax(1)  # [B, 2 radius + 1]
     kernel = kernel.repeat_interleave(x.shape[1], 0)[:, None]

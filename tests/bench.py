@@ -43,7 +43,7 @@ from common.runtime import Runtime  # noqa: E402
 from common.streams import Stream, endless  # noqa: E402
 
 SCRIPTS = {  # flags of a script; of its semi-supervised step on N images, half of them unlabelled
-    "cct.py": ("--decoder-init icnr --long-side {size} --scale 1 1", "--batch {half}"),
+    "cct.py": ("--long-side {size} --scale 1 1", "--batch {half}"),
     "s4gan_mlmt.py": ("--branch s4gan --scale 1 1", "--batch {half}"),
     "c3_semiseg.py": ("--long-side {size} --scales 1 1 1 --groups 1", "--batch {half} --burn-in 0"),
     "three_stage.py": ("--scale 1 1 --bn frozen",
@@ -185,7 +185,7 @@ def decoders(precision, channels=512, classes=21):
                 return main(z)
         rows = {"main": clean, "find_blobs": lambda: find_blobs(objects)[0]}
         for name in cct.PERTURBATIONS:
-            cfg = cct.Config(k=1, perturbations=(name,), decoder_init="icnr")
+            cfg = cct.Config(k=1, perturbations=(name,))
             auxiliary = ctx.place(cct.Auxiliary(cfg, channels, classes))
             arguments = (0, auxiliary, z, guides, 0, cfg, ctx)
             rows[name] = lambda arguments=arguments: cct.auxiliary_logits(*arguments)

@@ -26,8 +26,8 @@ C, CHANNELS, SIDE = 5, 16, 8  # classes, channels of z, and z's height and width
 
 
 def config(**values):
-    small = dict(backbone="resnet18", backbone_layers=2, weights="none", decoder_init="icnr",
-                 steps=1000, backbone_lr_mult=0.1, device="cpu", precision="fp32", workers=0)
+    small = dict(backbone="resnet18", backbone_layers=2, weights="none", steps=1000,
+                 backbone_lr_mult=0.1, device="cpu", precision="fp32", workers=0)
     return cct.Config(**{**small, **values})
 
 
@@ -47,7 +47,7 @@ def lively_decoder():
 
 def small_net():
     torch.manual_seed(0)
-    return cct.Segmenter(config(decoder_init="identity"), [C])
+    return cct.Segmenter(config(), [C])
 
 
 def grads(*modules):
@@ -62,7 +62,7 @@ def norms(r):
 
 def test_parameter_counts_of_the_paper():
     with torch.device("meta"):
-        cfg = cct.Config(decoder_init="icnr")
+        cfg = cct.Config()
         net, auxiliary = cct.Segmenter(cfg, [21]), cct.Auxiliary(cfg, 512, 21)
     assert count(net.encoder.backbone) == 23_508_032
     assert count(net.encoder.psp, net.decoders, auxiliary) == 23_578_968
@@ -115,7 +115,7 @@ def test_icnr_starts_as_nearest_upsampling():
 
 def test_identity_initialisation_is_nearest_upsampling():
     torch.manual_seed(0)
-    decoder = cct.Decoder(CHANNELS, C, init="identity")
+    decoder = cct.Decoder(CHANNELS, C, scratch=True)
     logits = decoder.adapt(features()).repeat_interleave(8, 2).repeat_interleave(8, 3)
     assert -4 < logits.min() < 0  # a plain ReLU would have cut these
     torch.testing.assert_close(decoder(features()).softmax(1), logits.softmax(1))

@@ -539,13 +539,12 @@ def test_mlmt_images(release, monkeypatch):
     resize, jitter, flip, blur, *_ = views[1].aug_transform.transforms
     cfg = config(s4, "--data voc")
     drawn = {}
-    replace(monkeypatch, s4, gaussian_blur=lambda x, sigma, _: drawn.update(sigma=sigma) or x,
+    replace(monkeypatch, s4, gaussian_blur=lambda x, u, *sigma: drawn.update(u=u, sigma=sigma) or x,
             colour_jitter=lambda x, u, _, factor, hue: drawn.update(factor=factor, hue=hue) or x)
     s4.strong_view(images(999, 2), 0, cfg, CTX)
     assert (1 - drawn["factor"], 1 + drawn["factor"]) == jitter.brightness == jitter.contrast == jitter.saturation
     assert (-drawn["hue"], drawn["hue"]) == jitter.hue
-    low, high = blur.sigma
-    assert low < drawn["sigma"].min() < low + 0.1 and high - 0.1 < drawn["sigma"].max() < high
+    assert drawn["sigma"] == tuple(blur.sigma) and 0 <= drawn["u"].min() < 0.01 and 0.99 < drawn["u"].max() < 1
     assert (resize.size, flip.p) == (cfg.mlmt_size, 0.5)
     x = torch.arange(6).view(1, 2, 3)
     assert [T.random_flip(x, None, Drawn(u))[0][0, 0, 0] for u in (0.499, 0.5)] == [2, 0]

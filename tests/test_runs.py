@@ -355,7 +355,7 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
         "--confidence 0.6", "--pairwise 1", "--perturbations f_noise", "--k 2", "--drop-range 0.2 0.3",
         "--noise 0.9", "--dropout 0.9", "--cutout 0.9", "--background 1,2", "--vat-eps 40", "--vat-xi 10",
         "--vat-released", "--supervised-loss ab_ce", "--weight-decay 0.1", "--backbone-lr-mult 0.1",
-        "--decoder-init icnr", "--no-last-relu", "--stem deep", "--seed 1", "--no-flip", "--shift 5",
+        "--no-last-relu", "--stem deep", "--seed 1", "--no-flip", "--shift 5",
         "--scale 0.8 0.9", "--long-side 64", "--crop 40", "--labeled 4", "--optimizer adam",
         ["--steps 2 --supervised", "--steps 2 --method vat", "--steps 2 --method mean_teacher"]),
     "cct, domains": ("--steps 4 --k 1 --data folder+folder --adversarial", "--lambda-adv 9", "--labeled 5+4",
