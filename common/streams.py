@@ -59,16 +59,17 @@ def positions(step, batch, rank, world):
 def endless(stream, batch, start_step, workers, ctx):
     """Iterator of device batches of the stream, from step `start_step` on. batch: per process."""
     steps = positions(start_step, batch, ctx.rank, ctx.world)
-    loader = DataLoader(stream, batch_sampler=steps, num_workers=workers,
-                        pin_memory=ctx.device.type == "cuda")
-    for samples in start(loader):
+    for samples in load(stream, workers, ctx, batch_sampler=steps):
         torch.backends.cudnn.benchmark = True  # its choice is for one size, as all batches have
-        yield to_device(samples, ctx.device)
+        yield samples
 
 
-def start(loader):
-    """Yield the batches of a loader. Its workers start with these signals blocked: if a signal goes
-    to all processes, only the main one handles it, and ends its workers when it stops."""
+def load(dataset, workers, ctx, **order):
+    """Yield a DataLoader's batches, on the device. Its workers start with these signals blocked: if
+    a signal goes to all processes, only the main one handles it, and ends its workers when it
+    stops. They are forked, where Python 3.14 would start them from a process without this mask."""
+    loader = DataLoader(dataset, num_workers=workers, pin_memory=ctx.device.type == "cuda",
+                        multiprocessing_context="fork" if workers else None, **order)
     signals = {signal.SIGTERM, signal.SIGHUP, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
@@ -76,7 +77,8 @@ def start(loader):
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
     try:
-        yield from iterator
+        for samples in iterator:
+            yield to_device(samples, ctx.device)
     except RuntimeError as error:
         if "shared memory" in str(error) or "</torch_" in str(error):
             raise UserError("shared memory (/dev/shm) is too small for the batches of --workers: "
@@ -125,8 +127,6 @@ def once(split, transform, batch, workers, ctx):
     """Iterator of device batches over this process's share of a split, each image exactly once;
     batch 1 unless all its images have one size."""
     mine = range(ctx.rank, len(split), ctx.world)
-    loader = DataLoader(Scored(split, transform), batch, sampler=mine,
-                        num_workers=min(workers, len(mine)), pin_memory=ctx.device.type == "cuda")
     torch.backends.cudnn.benchmark = batch > 1
-    for samples in start(loader):
-        yield to_device(samples, ctx.device)
+    scored = Scored(split, transform)
+    yield from load(scored, min(workers, len(mine)), ctx, batch_size=batch, sampler=mine)

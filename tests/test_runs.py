@@ -3,6 +3,7 @@ import contextlib
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -123,8 +124,12 @@ def test_signals_are_blocked_in_workers_from_their_birth_on(monkeypatch):
         seen.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
         return fork()
     monkeypatch.setattr(os, "fork", forked)
+    multiprocessing.set_start_method("forkserver", force=True)  # the default of Python 3.14
     stream = Stream(open_shapes().val, range(9), lambda x, y, rng: to_tensors(x, y), 0, "s", True)
-    next(endless(stream, 2, 0, 2, Runtime("cpu")))
+    try:
+        next(endless(stream, 2, 0, 2, Runtime("cpu")))
+    finally:
+        multiprocessing.set_start_method(None, force=True)  # Python's own default again
     assert len(seen) == 2
     assert all({signal.SIGTERM, signal.SIGHUP, signal.SIGINT} <= mask for mask in seen)
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ())
