@@ -1,6 +1,7 @@
 """Checkpoints that survive a kill at any moment, written beside the target, flushed, renamed; and
 opening one to score it or to predict with it."""
 import dataclasses
+import io
 import os
 import re
 from pathlib import Path
@@ -19,8 +20,10 @@ def save(path, state):
 
     Raises UserError when it cannot be written, as on a full disk; the old file is kept then.
     """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)  # into a file, its errors would hide those of the disk
     with replacing(path, "wb") as file:
-        torch.save(state, file)
+        file.write(buffer.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     folder = os.open(Path(path).parent, os.O_RDONLY)

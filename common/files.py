@@ -20,7 +20,7 @@ def replacing(path, mode="w", suffix=".tmp"):
         with open(temporary, mode) as file:
             yield file
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch's own RuntimeError hides the disk's error
+    except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written ({error.__context__ or error}): expected a "
-                        f"folder with room for it") from error
+        raise UserError(f"{path} cannot be written ({error}): expected a folder with room for "
+                        f"it") from error
