@@ -42,7 +42,8 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       dropout; in step 0 no image is selected.
   D10 Eq. 6 prints a softmax cross-entropy, which allows one class per image: sigmoids, as in the
       code. L_cons is the paper's; the code's is --cons cosine --cons-on unlabelled. Its ramp, the
-      optimiser and the views of branch B are the code's; the paper gives none.
+      optimiser and views of branch B (the jitter's order: one per step) are the code's; the paper
+      gives none.
   D11 The teacher (decay min(1 - 1/(t+1), 0.999), BN statistics of its own, used at test time) is
       the code's, but starts as a copy of the student.
   D12 The code fuses logits: a removed class gets 0, which beats negative logits; and the background
