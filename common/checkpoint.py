@@ -4,6 +4,7 @@ import dataclasses
 import io
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,8 @@ def save(path, state):
         file.flush()
         os.fsync(file.fileno())
     folder = os.open(Path(path).parent, os.O_RDONLY)
-    os.fsync(folder)  # the rename itself must reach the disk
+    with suppress(OSError):  # some file systems cannot do this for a folder
+        os.fsync(folder)  # the rename itself must reach the disk
     os.close(folder)
 
 

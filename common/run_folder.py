@@ -57,9 +57,7 @@ class RunFolder:
         part.path = self.path / name
         if own_log:
             part.log_path = part.path
-        if self.ctx.main:
-            make_folder(part.path)
-        self.ctx.barrier()
+        make_folder(part.path)
         return part
 
     def introduce(self, labelled, unlabelled, step, text="", data=None):
@@ -231,6 +229,8 @@ def lock(path):
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"--out {path}: another process is training in this folder: wait for it, "
                         f"or choose another folder") from error
+    except OSError:
+        pass  # a file system without locks, as clusters may have: nobody can claim the folder
     return file  # open as long as the lock is held
 
 

@@ -1,5 +1,7 @@
 """Whole runs of all scripts: exact resume, processes, signals, flags, the files of a run folder."""
 import contextlib
+import errno
+import fcntl
 import importlib
 import json
 import math
@@ -11,6 +13,7 @@ import re
 import resource
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -239,6 +242,16 @@ def test_kill_during_a_save_keeps_the_old_checkpoint(tmp_path):
     assert (tmp_path / "last.pt.tmp").exists() and checkpoint.load(path) == dict(step=1)
     checkpoint.save(path, dict(step=3))
     assert checkpoint.load(path) == dict(step=3) and not (tmp_path / "last.pt.tmp").exists()
+
+
+def test_file_systems_without_locks_and_flushed_folders_will_do(tiny, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+    fsync = os.fsync
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    monkeypatch.setattr(os, "fsync", lambda fd: refuse() if stat.S_ISDIR(os.fstat(fd).st_mode) else fsync(fd))
+    run_here("cct", *tiny["cct"], "--out", tmp_path / "run")
+    assert last(tmp_path / "run")["step"] == 6
 
 
 def test_a_folder_belongs_to_one_run_at_a_time(tiny, tmp_path):
