@@ -14,6 +14,8 @@ import typing
 from hashlib import sha1
 from pathlib import Path
 
+import torch
+
 from common.datasets.labelled import PICKLES
 from common.settings import ANY, Size, UserError, flag, is_list, kinds_of, say, show
 
@@ -215,9 +217,12 @@ def run(main):
     except (UserError, OSError) as error:  # OSError: a disk that is full, a read-only folder
         # from a worker process an error comes wrapped in that process's traceback
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
-        print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
-        return 2
+    except torch.OutOfMemoryError as error:
+        reason = ". ".join(str(error).split(". ")[:3])  # what was asked for, and what is free
+        sentence = f"{reason}: a smaller --batch, --crop or --size needs less"
     except KeyboardInterrupt:
         print("\ninterrupted; the same command resumes a training from its last checkpoint",
               file=sys.stderr)
         return 130
+    print(f"{Path(sys.argv[0]).name}: error: {sentence}", file=sys.stderr)
+    return 2

@@ -186,6 +186,16 @@ def test_a_users_mistake_is_one_sentence(tmp_path, capsys, command, said):
     assert status == 2 and said in error and "Traceback" not in error
 
 
+def test_a_gpu_without_room_is_one_sentence(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity "
+                                     "of 79.10 GiB of which 1.50 GiB is free. Including non-PyTorch memory, ..")
+    assert run(main) == 2
+    assert capsys.readouterr().err.endswith("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+                                            "capacity of 79.10 GiB of which 1.50 GiB is free: a smaller --batch, "
+                                            "--crop or --size needs less\n")
+
+
 def test_exit_status_reaches_the_shell():
     assert "error: no checkpoint at nothing.pt" in run_script("cct", "--evaluate", "nothing.pt", check=2)
 
