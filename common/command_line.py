@@ -196,7 +196,7 @@ def run_name(script, config, given):
         labels.append(config.labeled)
     words = [script, config.data, *labels, f"seed{config.seed}"]
     if "folder" in config.data and "root" in given:
-        words.insert(2, Path(config.root).name)
+        words.insert(2, "_".join(Path(config.root).parts[-2:]).strip("/"))
     others = given.keys() - {"data", "labeled", "split", "seed"}
     for field in dataclasses.fields(config):
         if field.name in others and not field.metadata["free"]:

@@ -10,8 +10,8 @@ from common.settings import UserError
 def replacing(path, mode="w", suffix=".tmp"):
     """`with replacing(path) as file: ..` writes or replaces `path` atomically.
 
-    suffix: of the temporary file, which the next writer overwrites if a kill left it; processes
-    that may write one `path` at the same time need their own. Raises UserError when writing fails,
+    suffix: of the temporary file, which the next writer overwrites if a kill left it; those who may
+    write one `path` at the same time need their own. Raises UserError when writing fails,
     as on a full disk; the old file is kept then.
     """
     path = Path(path)

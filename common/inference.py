@@ -65,7 +65,7 @@ def predict_folder(network, cfg, palette, ctx):
     torch.backends.cudnn.benchmark = False  # images have many sizes
     for count, i in enumerate(mine, 1):
         try:
-            image = read_image(paths[i])
+            image = read_image(paths[i], upright=True)
             make_folder(targets[paths[i]].parent)
             x, _ = for_scoring(image, None, cfg.scoring_size)
             x = to_device(x[None], ctx.device)

@@ -16,7 +16,7 @@ from common import checkpoint
 from common.files import replacing
 from common.log import Log
 from common.pictures import prediction_panel, save_picture
-from common.settings import UserError, flag, kinds_of, show, to_save
+from common.settings import UserError, flag, kinds_of, say, show, to_save
 
 
 class RunFolder:
@@ -228,9 +228,10 @@ def lock(path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"--out {path}: another process is training in this folder: wait for it, "
-                        f"or choose another folder") from error
-    except OSError:
-        pass  # a file system without locks, as clusters may have: nobody can claim the folder
+                        f"or choose another folder; after a crash of its machine, delete .lock in "
+                        f"it") from error
+    except OSError:  # as file systems of clusters may be
+        say(f"{path}: a file system without locks: do not train in this folder twice at a time")
     return file  # open as long as the lock is held
 
 
@@ -256,6 +257,7 @@ def keep_config(folder, config, free=()):
                        if name not in free and before[name] != now[name]]
         if differences and any(folder.rglob("*.pt")):
             raise UserError(f"{folder} holds a run with other settings ({'; '.join(differences)}): "
-                            f"repeat its command to resume it, or choose another folder with --out")
+                            f"repeat its command, or give its settings and --out, to resume it; or "
+                            f"choose another folder with --out")
     with replacing(path) as file:
         file.write(json.dumps(now, indent=1) + "\n")

@@ -2,6 +2,7 @@
 import os
 import time
 from contextlib import nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ class Runtime:
         self.compute_in(precision)
         self.new_scaler()
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if cuda else "gloo",
+            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=1),
                                     device_id=self.device if cuda else None)
 
     def compute_in(self, precision):

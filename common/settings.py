@@ -146,7 +146,8 @@ def from_saved(config_class, saved, given=()):
 
 def say(text):
     """Print a line for the user."""
+    encoding = sys.stdout.encoding or "utf-8"
     try:
-        print(str(text).encode(errors="replace").decode(), flush=True)  # names of files
-    except BrokenPipeError:  # as after `| head`: the run goes on, and its files have it all
+        print(str(text).encode(encoding, "replace").decode(encoding), flush=True)  # names of files
+    except OSError:  # `| head`, a terminal that is gone: the run goes on, and its files have it all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -109,7 +109,7 @@ def test_default_run_folder_is_named_by_every_given_setting_that_matters():
         "--supervised --crop 64 --no-flip": "shapes-40-seed0-supervised-crop=64x64-flip=off",
         "--perturbations f_drop,i_vat --weights a/b.pth":
             "shapes-40-seed0-weights=a_b.pth-perturbations=f_drop,i_vat",
-        "--data folder --root x/mine": "folder-mine-all-seed0"}
+        "--data folder --root /x/mine": "folder-x_mine-all-seed0", "--data folder --root /x": "folder-_x-all-seed0"}
     for flags, name in names.items():
         assert run_name("cct", *parse(cct.Config, cct.PRESETS, flags.split())) == f"runs/cct-{name}"
     long = [run_name("cct", cct.Config(weights="x" * 300, lr=lr), dict(weights=0, lr=0)) for lr in (1, 2)]

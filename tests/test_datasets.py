@@ -318,6 +318,7 @@ def test_images_are_rgb_as_stored_and_16_bits_become_8(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
     Image.fromarray(pixels).convert("RGBA").save(tmp_path / "alpha.png")
     assert np.array_equal(read_image(tmp_path / "turned.png"), pixels)
+    assert np.array_equal(read_image(tmp_path / "turned.png", upright=True), np.rot90(pixels, -1))
     assert np.array_equal(read_image(tmp_path / "alpha.png"), pixels)
     values = np.array([[0, 128, 129, 257, 1000, 32896, 65406, 65407, 65535]], np.uint16)
     expected = np.array([[0, 0, 1, 1, 4, 128, 254, 255, 255]])

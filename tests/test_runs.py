@@ -148,11 +148,15 @@ def test_a_signal_to_torchrun_saves(tiny, tmp_path):
     assert 1 < last(folder)["step"] < 4000
 
 
-def test_a_reader_that_goes_away_does_not_end_the_run():
+@pytest.mark.parametrize("make", [os.pipe, os.openpty])
+def test_a_reader_that_goes_away_does_not_end_the_run(make):
+    """`| head -1`, or a terminal that is closed"""
     code = "import sys; from common.settings import say; say('x'); sys.stdin.read(); say('y'); say('z')"
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=-1, stderr=-1)
-    process.stdout.readline()
-    process.stdout.close()  # as `| head -1` does
+    reader, writer = make()
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=-1, stdout=writer, stderr=-1)
+    os.close(writer)
+    os.read(reader, 9)
+    os.close(reader)
     process.stdin.close()
     assert process.wait(60) == 0 and process.stderr.read() == b""
 

@@ -7,7 +7,7 @@ from hashlib import sha1
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from common.settings import UserError
 from common.transforms import IGNORE
@@ -193,9 +193,12 @@ def _opened(path, what):
         raise UserError(f"{path}: cannot be read as {what} ({error})") from error
 
 
-def read_image(path):
-    """uint8 [H, W, 3], RGB, not rotated by EXIF, like masks. UserError names the file."""
+def read_image(path, upright=False):
+    """uint8 [H, W, 3], RGB; upright: turned as EXIF says, which masks are not. UserError names the
+    file."""
     with _opened(path, "an image") as picture:
+        if upright:
+            picture = ImageOps.exif_transpose(picture)
         if picture.mode in ("I", "F"):
             raise ValueError(f"mode {picture.mode} has 32 bits; expected 8 or 16 bits")
         if picture.mode.startswith("I;16"):
