@@ -66,14 +66,14 @@ from common.cache import cached
 from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
-from common.inference import Examples, predict_folder
+from common.inference import Examples, predict_folder, scored_batches
 from common.miou import ConfusionMatrix
 from common.random import mix
 from common.run_folder import RunFolder
 from common.runtime import Runtime
 from common.schedules import make_teacher, poly, ramp, set_lr, update_ema
 from common.settings import ANY, RESNETS, BaseConfig, UserError, option
-from common.streams import Stream, endless, once
+from common.streams import Stream, endless
 from common.weights import load_weights
 
 SEMI = dict(supervised=False)  # what a flag needs to have an effect
@@ -427,7 +427,6 @@ def augment(cfg, labelled, image, mask, rng):
     if not labelled:
         mask = torch.zeros(image.shape[1:], dtype=torch.uint8)  # invented pixels become 255
         image, mask = rotate(image, mask, cfg.rotate, crop, rng)
-    image, mask = T.pad_to(image, mask, crop)
     image, mask = T.random_crop(image, mask, crop, rng)
     if cfg.flip:
         image, mask = T.random_flip(image, mask, rng)
@@ -467,9 +466,7 @@ def evaluate(net, others, data, cfg, ctx):
         network.eval()
     confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in nets}
     examples = Examples(len(data.val), ctx)
-    one_size = cfg.scoring_size or data.one_size  # then images are batched
-    transform = partial(T.for_scoring, size=cfg.scoring_size)
-    for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
+    for x, y in scored_batches(data, cfg, ctx):
         for name, network in nets.items():
             prediction = predict(network, x, ctx).argmax(1)
             confusions[name].update(prediction, y)
@@ -486,7 +483,6 @@ def evaluate(net, others, data, cfg, ctx):
 def train(cfg):
     """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU, 0..1"""
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or labelled  # all are labelled: consistency on all of them

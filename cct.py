@@ -5,41 +5,34 @@ A shared encoder h and a main decoder g are trained on labelled images. For an u
 the encoder's output z = h(x_u) is perturbed K times. Each perturbed z goes to its own auxiliary
 decoder g_a^k, whose prediction must match that of g on the clean z. So L_u trains h and the
 auxiliary decoders, never g; L_s trains h and g, never the auxiliary decoders. Only h and g are used
-at inference.
-
-With image-level labels (Sec. 3.3), pseudo-labels of the unlabelled images train the g_a^k, too.
-With several datasets (Sec. 3.4), h is shared, and each has decoders of its own.
+at inference. With image-level labels (Sec. 3.3), pseudo-labels of the unlabelled images train the
+g_a^k, too. With several datasets (Sec. 3.4), h is shared, and each has decoders of its own.
 
 Map (paper -> this file)
   Eq. 1 supervised CE        cross_entropy         Sec. 3.2.3 feature-based  f_noise, f_drop
-  Eq. 2 L_u over K decoders  train_auxiliary         guided, I-VAT         con_msk, .., i_vat
-  Eq. 3, 5 L                 train                   random                  dropout
-  Eq. 4 ab-CE                without_easy_pixels   Sec. 3.3, Fig. 9 CAMs     weak_labels
-  Eq. 6 L_w                  train_auxiliary       Sec. 3.4 domains          Domain, train
-  Eq. 7-9 MSE, KL, JS        distance              Sec. 4.1, Table 11        Encoder, Decoder
-  Eq. 10 pairwise loss       pairwise              Sec. 4.2 mIoU             evaluate
-  Eq. 11 L_adv, Table 8      domain_loss           Sec. 4.4.1 K per type     PERTURBATIONS, --k
-  Eq. 12 its gradient        reverse_gradient      App. A Mean Teacher, VAT  train, input_vat
-  Eq. 13-15 I-VAT            i_vat, common/vat.py  App. B.2 masking          --confidence
-  Eq. 16, Fig. 8 w_u(t)      ramped_weight         App. D, Fig. 2, 7         --format smoothness
-  Eq. 17 eta(t)              eta                   App. F multi-scale        predict
-  App. C Algorithm 1         train                 Table 12                  Config, PRESETS
+  Eq. 2 L_u over K decoders  train_auxiliary         guided, random          con_msk, .., dropout
+  Eq. 3, 5 L, Algorithm 1    train                 Sec. 3.3, Fig. 9 CAMs     weak_labels
+  Eq. 4 ab-CE                without_easy_pixels   Sec. 3.4 domains          Domain, train
+  Eq. 6 L_w                  train_auxiliary       Sec. 4.1, Table 11        Encoder, Decoder
+  Eq. 7-9 MSE, KL, JS        distance              Sec. 4.2 mIoU             evaluate
+  Eq. 10 pairwise loss       pairwise              Sec. 4.4.1 K per type     PERTURBATIONS, --k
+  Eq. 11 L_adv, Table 8      domain_loss           App. A Mean Teacher, VAT  train, input_vat
+  Eq. 12 its gradient        reverse_gradient      App. B.2 masking          --confidence
+  Eq. 13-15 I-VAT            i_vat, common/vat.py  App. D, Fig. 2, 7         --format smoothness
+  Eq. 16, Fig. 8 w_u(t)      ramped_weight         App. F multi-scale        predict
+  Eq. 17 eta(t)              eta                   Table 12                  Config, PRESETS
 
 Deviations: what the paper says, what the authors' code does (--released), what we do, and why
-  D1  Eq. 7 to 9 sum over the classes. The code takes their mean, for which lambda_u = 30 was
-      chosen, and so do we.
+  D1  Eq. 7 to 9 sum over classes; the code and we take the mean, to which lambda_u = 30 belongs.
   D2  The code's JS has both divergences reversed and is unbounded; ours is Eq. 9. With --confidence
-      every distance is a mean over the pixels that are kept; the code's KL divides by another
-      number, its JS keeps all.
+      every distance is a mean over the pixels that are kept, in the code the MSE alone.
   D3  The code computes the pairwise loss of Eq. 10, a sum over classes, but never trains with it;
       here it is added to L, without w_u and --confidence (--pairwise 1).
   D4  The ramp of w_u is Gaussian in Sec. 3.2.2, in the code and here, exp in Eq. 16 (--ramp exp).
-      Both begin at e^-5 instead of 0.
   D5  F-Drop's threshold is drawn from [.6, .9] in the paper, which we follow, from [.7, .9] in the
       code. The paper's "10 to 40 %" of the cells is not what a threshold on the activity drops.
-  D6  I-VAT: with the xi = 1e-6 of paper and code, and the code's 1e-8 in the norm, r_adv is
-      rounding noise of a length below 0.05. We take xi = 0.1 and exact norms; --vat-released is the
-      code's.
+  D6  I-VAT: with xi = 1e-6 (paper, code) and the code's 1e-8 in the norm, r_adv is rounding noise
+      shorter than 0.05. Here xi = 0.1, and norms are exact; --vat-released is the code's.
   D7  G-Cutout: the paper's 0.4 is a share of the box's area, the code's and ours of each of its
       sides. The code takes blobs with more than 50 contour points; we take those of 64 pixels or
       more. Context is class 0, whatever it is: --background.
@@ -47,40 +40,31 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D9  The poly policy is printed as 1 - (t/N)^.9; the code's (1 - t/N)^.9 is used here. The ResNet's
       learning rate is a tenth of the others in the code and here, equal in the paper.
   D10 The ramp of ab-CE is 0.5 of the training in Table 12, 0.4 in App. K, in the code and here. The
-      code's threshold stops at 0.894; ours goes on to the 0.9 of Eq. 17. As in the code, B pixels
-      are kept at least: here of the images of each process.
+      code's threshold stops at 0.894, ours at the 0.9 of Eq. 17. B pixels per process always stay.
   D11 The code replays augmented labelled batches from a cache, and its baseline takes fewer steps.
       Here every sample is augmented anew, and the baseline takes as many steps.
-  D12 The crop is 321 in the paper, 320 in the code and here. Other sizes are padded to multiples of
-      8 by reflection; L_s leaves padding out, L_u counts it. With --multi-scale each scale is
-      padded on its own; the code pads once and squeezes.
+  D12 The crop is 321 in the paper, 320 in the code and here. Other sizes are padded by reflection
+      to multiples of 8 (each scale of --multi-scale too; the code squeezes); only L_u counts it.
   D13 The authors' ResNet begins with three 3x3 convolutions; ours has the stem that its --weights
       have: those of torchvision have one of 7x7, torchcv's 3x3resnet50-imagenet.pth three.
-  D14 The ICNR head hardly trains from scratch. So with --weights none its sub-pixel convolutions
-      start as the identity, with a bias that keeps the ReLUs active, and the backbone has the
-      heads' learning rate. z has 512 channels with ResNet-50, 128 with the ResNet-18 of shapes.
-  D15 On several GPUs the code has BN statistics per GPU; here BN, losses and draws are those of one
-      batch.
+  D14 With --weights none ICNR hardly trains: sub-pixel convolutions start as the identity, with a
+      bias that keeps the ReLUs active, and the backbone has the heads' learning rate.
+  D15 On several GPUs the code's BN is per GPU; here BN, losses and draws are those of one batch.
   D16 Mean Teacher and VAT are not in the code, and the paper gives no constants: the teacher is in
       eval mode and decays by --ema, VAT has I-VAT's constants.
-  D17 Domains: the paper leaves open the batch, the steps and what a step holds. Here the domains
-      take turns, a step each; an epoch is one pass over the one with the most unlabelled images. A
-      step leaves the other domains' decoders as they are. BN and the ramps are shared.
+  D17 Domains: the paper leaves open batch and steps. Here an epoch is one pass over the domain with
+      the most unlabelled images, and as many steps of the others; BN and the ramps are shared.
   D18 Eq. 11 prints 1 - log g_d for log(1 - g_d). g_d has two channels in Table 8, so L_adv is a
       cross-entropy here, over labelled and unlabelled images. g_d descends L_adv itself, h gets
       -lambda_adv times its gradient, from the first step on; leaky ReLUs have the slope 0.2.
-  D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a network of
-      its own (give its weak/last.pt to --weights to begin with it). Its layer4 is dilated here.
-      As in the code, the CRF refines the labels of each threshold, and the results are then
-      combined; in the paper it refines the combined labels. SGD has no momentum, as in
-      the code, which passes the weight decay in its place.
+  D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a network of its
+      own, without momentum (--weights weak/last.pt begins with it); its layer4 is dilated here. The
+      CRF refines the labels of each threshold, as in the code, not their combination.
 
 Commands
   python cct.py                                               first run: shapes, on a CPU in minutes
   python cct.py --supervised                                  its baseline; run it again to resume
   python cct.py --data voc --download --labeled 1464          the paper's Table 1
-  python cct.py --data voc --labeled 1464 --weak              with 9k image-level labels
-  python cct.py --data cityscapes+camvid --labeled 50         Table 2: two domains
   torchrun --nproc_per_node=2 cct.py --data voc               on 2 GPUs, 5 + 5 images each
   python cct.py --evaluate runs/.../last.pt --multi-scale     score a checkpoint
   python cct.py --evaluate best_model.pth --data voc          score the authors' checkpoint
@@ -105,7 +89,7 @@ from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS
 from common.domains import (GIVEN_FOR_EACH, Domain, mean_miou, saved_domains, say_tables,
                             settings_of_domains)
-from common.inference import Examples, predict_folder
+from common.inference import Examples, predict_folder, scored_batches
 from common.miou import ConfusionMatrix
 from common.random import mix
 from common.regions import find_blobs, random_rectangles
@@ -114,7 +98,7 @@ from common.runtime import Runtime
 from common.schedules import (RAMPS, make_teacher, momentum_sgd, poly, ramp, set_lr,
                               update_ema)
 from common.settings import ANY, BaseConfig, UserError, option
-from common.streams import Stream, endless, once
+from common.streams import Stream, endless
 from common.vat import adversarial, input_vat
 from common.weights import DEEP_STEM, load_weights, stem_of
 
@@ -124,15 +108,15 @@ SEMI = dict(supervised=False)  # what a flag needs to have an effect
 CCT = SEMI | dict(method="cct")
 VAT = SEMI | dict(method=("cct", "vat"), perturbations="i_vat")
 WEAK = CCT | dict(weak=True)
+TYPE = {name: CCT | dict(perturbations=name) for name in PERTURBATIONS}
 
 
 # ---------------------------------------------------------------------- settings
 
 @dataclass
 class Config(BaseConfig):
-    data: str = option("shapes", f"dataset: {', '.join(DATASETS)}; or several, a+b (Sec. 3.4), for "
-                                 f"which --root, --labeled, --split and --tags take a+b, too",
-                       group="run", scoring=True)
+    data: str = option("shapes", f"dataset: {', '.join(DATASETS)}; several: a+b (Sec. 3.4), then "
+                       "also in --root, --labeled, --split, --tags", group="run", scoring=True)
     format: str = option("palette", "files of --predict: palette PNGs, what a test server takes, "
                          "or maps of the distances between neighbours (Fig. 2, 7)",
                          ("palette", "voc", "cityscapes", "bdd100k", "smoothness"),
@@ -142,10 +126,8 @@ class Config(BaseConfig):
     method: str = option("cct", "use of the unlabelled images (Table 4)",
                          ("cct", "mean_teacher", "vat"), group="consistency", needs=SEMI)
     lambda_u: float = option(30.0, "final weight of L_u (Table 12)", within=(0, 1e6), needs=SEMI)
-    ramp: str = option("gaussian", "how w_u rises to lambda_u (Sec. 3.2.2; Eq. 16: exp)",
-                       tuple(RAMPS), needs=SEMI)
-    ramp_length: float = option(0.1, "over which share of the steps it rises (Table 12)",
-                                within=(0, 1), needs=SEMI)
+    ramp: str = option("gaussian", "how w_u rises to lambda_u (D4)", tuple(RAMPS), needs=SEMI)
+    ramp_length: float = option(0.1, "its length, a share of the steps", within=(0, 1), needs=SEMI)
     perturbations: tuple[str, ...] = option(tuple(PERTURBATIONS), "types of decoders (Fig. 5, 6)",
                                             tuple(PERTURBATIONS), needs=CCT)
     k: int | None = option(None, "decoders of each type [6; 2 of i_vat, con_msk, obj_msk]",
@@ -153,45 +135,31 @@ class Config(BaseConfig):
     distance: str = option("mse", "d(.,.) of Eq. 7, 8, 9", ("mse", "kl", "js"), needs=CCT)
     confidence: float = option(0.0, "keep pixels of main probability above this (App. B.2: 0.5)",
                                within=(0, 1), needs=CCT)
-    pairwise: float = option(0.0, "weight of the loss over 8 random decoders (Eq. 10)",
-                             within=(0, 1e6), needs=CCT)
+    pairwise: float = option(0.0, "weight of the loss of Eq. 10", within=(0, 1e6), needs=CCT)
     drop_range: tuple[float, float] = option((0.6, 0.9), "F-Drop: range of gamma; released 0.7 0.9",
-                                             within=(0, 1),
-                                             needs=CCT | dict(perturbations="f_drop"))
-    noise: float = option(0.3, "F-Noise: amplitude (Table 12)", within=(0, 100),
-                          needs=CCT | dict(perturbations="f_noise"))
-    dropout: float = option(0.5, "DropOut: rate (Table 12)", within=(0, 0.999),
-                            needs=CCT | dict(perturbations="dropout"))
+                                             within=(0, 1), needs=TYPE["f_drop"])
+    noise: float = option(0.3, "F-Noise: amplitude", within=(0, 100), needs=TYPE["f_noise"])
+    dropout: float = option(0.5, "DropOut: rate", within=(0, 0.999), needs=TYPE["dropout"])
     cutout: float = option(0.4, "G-Cutout: share of each side of the box (Table 12)", within=(0, 1),
-                           needs=CCT | dict(perturbations="g_cutout"))
-    background: tuple[int, ...] = option((0,), "ids of the classes that are context in Con-Msk, "
-                                               "Obj-Msk and G-Cutout, and in pseudo-labels; all "
-                                               "others are objects",
+                           needs=TYPE["g_cutout"])
+    background: tuple[int, ...] = option((0,), "ids of classes that are context, not objects (D7)",
                                          within=(0, 254), needs=CCT)
-    vat_eps: float = option(2.0, "I-VAT, VAT: norm of the perturbation (Eq. 15)", within=(0, 1e6),
-                            needs=VAT)
+    vat_eps: float = option(2.0, "I-VAT, VAT: norm of r_adv (Eq. 15)", within=(0, 1e6), needs=VAT)
     vat_xi: float = option(0.1, "I-VAT, VAT: step of the power iteration (Eq. 13)",
                            within=(1e-9, 1e6), needs=VAT | dict(vat_released=False))
-    vat_released: bool = option(False, "I-VAT as released (D6)",
-                                needs=CCT | dict(perturbations="i_vat"))
+    vat_released: bool = option(False, "I-VAT as released (D6)", needs=TYPE["i_vat"])
     ema: float = option(0.999, "Mean Teacher: decay after the ramp-up, 0.99 within it",
                         within=(0, 1), needs=SEMI | dict(method="mean_teacher"))
 
-    adversarial: bool = option(False, "align the domains by a discriminator (App. E)", needs=CCT,
-                               group="domains and image-level tags")
-    lambda_adv: float = option(0.02, "weight of L_adv (Eq. 12)", within=(0, 1e6),
-                               needs=CCT | dict(adversarial=True))
-    weak: bool = option(False, "pseudo-labels of the unlabelled images from image-level tags "
-                               "(Sec. 3.3)", needs=CCT)
+    lambda_adv: float = option(0.0, "weight of L_adv, of several domains (Eq. 12; Table 12: 0.02)",
+                               within=(0, 1e6), needs=CCT, group="domains and image-level tags")
+    weak: bool = option(False, "pseudo-labels from image-level tags (Sec. 3.3)", needs=CCT)
     tags: str = option("", "file of the tags: a line per image, `name, class, class`; without it, "
                            "they are the classes of the masks", needs=WEAK)
     lambda_w: float = option(0.4, "final weight of L_w (Eq. 5)", within=(0, 1e6), needs=WEAK)
-    weak_epochs: int = option(5, "the classifier's passes over all training images, 16 a step",
-                              within=(1, 10**6), needs=WEAK)
-    weak_lr: float = option(0.1, "the classifier's learning rate; its last layer has ten times it",
-                            within=(0, 1000), needs=WEAK)
-    thresholds: tuple[float, float] = option((0.05, 0.3), "activations below the first are "
-                                             "background, above the second an object (Sec. 3.3)",
+    weak_epochs: int = option(5, "epochs of the classifier", within=(1, 10**6), needs=WEAK)
+    weak_lr: float = option(0.1, "learning rate of the classifier", within=(0, 1000), needs=WEAK)
+    thresholds: tuple[float, float] = option((0.05, 0.3), "background below, object above",
                                              within=(0, 1), needs=WEAK)
     crf: bool = option(True, "refine the pseudo-labels by a dense CRF", needs=WEAK)
 
@@ -203,9 +171,8 @@ class Config(BaseConfig):
                                         within=(0.01, 100), needs=dict(long_side=ANY))
     multi_scale: bool = option(False, "score with 5 scales and flips (App. F)", scoring=True)
 
-    stem: str | None = option(None, "the ResNet's first convolutions: one of 7x7, or deep, three "
-                                    "of 3x3 (D13) [what --weights have]", ("7x7", "deep"),
-                              group="network")
+    stem: str | None = option(None, "first convolutions of the ResNet (D13) [what --weights have]",
+                              ("7x7", "deep"), group="network")
     last_relu: bool = option(True, "ReLU after the last sub-pixel convolution, as released")
     supervised_loss: str = option("ce", "L_s: ce (Eq. 1) or ab_ce (Eq. 4)", ("ce", "ab_ce"),
                                   group="optimisation")
@@ -215,8 +182,7 @@ class Config(BaseConfig):
                         within=(2, 100000), scoring=True)
     optimizer: str = option("sgd", "sgd (momentum 0.9) or adam", ("sgd", "adam"))
     lr: float = option(0.01, "learning rate of PSP and decoders (Table 12)", within=(0, 1000))
-    backbone_lr_mult: float | None = option(None, "share of --lr for the ResNet [0.1; 1 with "
-                                                  "--weights none]",
+    backbone_lr_mult: float | None = option(None, "share of --lr for ResNet [0.1; 1 from scratch]",
                                             within=(0, 1000))
     weight_decay: float = option(1e-4, "on every parameter (Table 12)", within=(0, 1000))
 
@@ -238,8 +204,6 @@ PRESETS["camvid+cityscapes"] = PRESETS["cityscapes"] | dict(labeled="50")  # Tab
 PRESETS["cityscapes+sunrgbd13"] = PRESETS["cityscapes"] | dict(labeled="1500", epochs=100)
 PRESETS |= dict.fromkeys(("pcontext", "bdd100k"), PRESETS["folder"] | dict(labeled="1/8"))
 PRESETS["pcontext59"] = PRESETS["pcontext"] | dict(background=())  # these are not in the paper
-
-
 PRESET_OF_EACH = (  # what a domain takes from its own preset
     "size", "long_side", "scale", "crop", "flip", "shift", "eval_size", "background")
 RELEASED_SETTINGS = {"all": dict(drop_range=(0.7, 0.9), vat_released=True),  # D5, D6
@@ -258,13 +222,12 @@ RELEASED = (dict(names={  # files of the authors' code
 def settle(cfg, given):
     """Fill in what one setting decides about others. -> {name: Config} of the domains of --data
     a+b, whose images are treated as their own preset says, unless flags do. Raises UserError."""
-    if cfg.stem is None:
-        cfg.stem = stem_of(cfg.weights)
+    cfg.stem = cfg.stem or stem_of(cfg.weights)
     if cfg.backbone_lr_mult is None:
         cfg.backbone_lr_mult = 1.0 if cfg.weights == "none" else 0.1
     cfg.out = cfg.out or run_name("cct", cfg, given)
-    if cfg.adversarial and "+" not in cfg.data:
-        raise UserError(f"--adversarial has no effect with --data {cfg.data}, a single domain")
+    if cfg.lambda_adv and "+" not in cfg.data:
+        raise UserError(f"--lambda-adv has no effect with --data {cfg.data}, a single domain")
     if "size" in given and "crop" not in given:
         given = given | dict(crop=None)  # that of the preset was for other sizes
         cfg.crop = None
@@ -279,6 +242,10 @@ class Decoder(nn.Module):
     """Table 11: 1x1 convolution to C channels, then three sub-pixel convolutions (1x1 to 4C, ReLU,
     PixelShuffle). Main and auxiliary decoders have this one architecture and share no weights.
     512 C + 12 C^2 + 12 C parameters.
+
+    ICNR: the four sub-pixels of a class start with one row of a Kaiming-normal C x C matrix, biases
+    as PyTorch draws them. scratch (D14): the identity matrix and no bias: the decoder starts
+    as nearest upsampling of the first layer's logits.
     """
 
     def __init__(self, in_channels, num_classes, scratch=False, last_relu=True):
@@ -287,10 +254,13 @@ class Decoder(nn.Module):
         self.adapt = nn.Conv2d(in_channels, num_classes, 1, bias=False)
         self.subpixel = nn.ModuleList(nn.Conv2d(num_classes, 4 * num_classes, 1) for _ in range(3))
         nn.init.kaiming_normal_(self.adapt.weight, nonlinearity="relu")
+        init = nn.init.eye_ if scratch else nn.init.kaiming_normal_
         for conv in self.subpixel:
-            init_subpixel_(conv, scratch)
-        if scratch:  # D14; lifts the logits above the ReLUs; softmax ignores a common shift
-            nn.init.constant_(self.subpixel[0].bias, 4.0)
+            kernel = init(torch.empty(num_classes, num_classes))
+            conv.weight.data.copy_(kernel.repeat_interleave(4, 0)[:, :, None, None])
+        if scratch:  # 4 lifts the logits above the ReLUs; softmax ignores a common shift
+            for conv, bias in zip(self.subpixel, (4.0, 0.0, 0.0)):
+                nn.init.constant_(conv.bias, bias)
 
     def forward(self, z):
         """z [B, 512, h, w] -> logits [B, C, 8h, 8w]"""
@@ -301,18 +271,6 @@ class Decoder(nn.Module):
                 x = F.relu_(x)
             x = F.pixel_shuffle(x, 2)
         return x
-
-
-@torch.no_grad()
-def init_subpixel_(conv, scratch):
-    """ICNR: the four sub-pixels of a class start with one row of a Kaiming-normal C x C matrix,
-    biases as PyTorch draws them. From scratch (D14) the identity matrix and no bias: the decoder
-    starts as nearest upsampling of the first layer's logits."""
-    c = conv.in_channels
-    kernel = torch.eye(c) if scratch else nn.init.kaiming_normal_(torch.empty(c, c))
-    conv.weight.copy_(kernel.repeat_interleave(4, 0)[:, :, None, None])
-    if scratch:
-        conv.bias.zero_()
 
 
 class Encoder(nn.Module):
@@ -341,8 +299,7 @@ class Segmenter(nn.Module):
         super().__init__()
         self.encoder = Encoder(cfg)
         channels = self.encoder.psp.out_channels
-        scratch = cfg.weights == "none"
-        self.decoders = nn.ModuleList(Decoder(channels, c, scratch, cfg.last_relu)
+        self.decoders = nn.ModuleList(Decoder(channels, c, cfg.weights == "none", cfg.last_relu)
                                       for c in nums_classes)
 
     def forward(self, x, domain=0):
@@ -362,9 +319,8 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.names = [name for name, count in PERTURBATIONS.items() if name in cfg.perturbations
                       for _ in range(cfg.k or count)]
-        scratch = cfg.weights == "none"
-        self.decoders = nn.ModuleList(Decoder(in_channels, num_classes, scratch, cfg.last_relu)
-                                      for _ in self.names)
+        self.decoders = nn.ModuleList(Decoder(in_channels, num_classes, cfg.weights == "none",
+                                              cfg.last_relu) for _ in self.names)
         is_object = torch.tensor([c not in cfg.background for c in range(num_classes)])
         self.register_buffer("is_object", is_object, persistent=False)
         self.distance = torch.compile(distance) if cfg.compile else distance  # Eq. 7-9
@@ -550,7 +506,6 @@ def augment(cfg, image, mask, rng):
     elif cfg.size:
         image, mask = T.resize(image, mask, cfg.size)
     if cfg.crop:
-        image, mask = T.pad_to(image, mask, cfg.crop)
         image, mask = T.random_crop(image, mask, cfg.crop, rng)
     if cfg.shift:
         image, mask = T.random_shift(image, mask, cfg.shift, rng)
@@ -591,12 +546,11 @@ def predict(net, x, domain, cfg, ctx):
     with ctx.autocast():
         if not cfg.multi_scale:
             return net(x, domain).float()
-        size = x.shape[2:]
         total = 0
         for scale in (0.5, 0.75, 1, 1.25, 1.5):  # App. F
             scaled = F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
             logits = net(scaled, domain).float() + net(scaled.flip(3), domain).float().flip(3)
-            total = total + F.interpolate(logits, size, mode="bilinear", align_corners=True) / 10
+            total += F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=True) / 10
         return total
 
 
@@ -604,15 +558,11 @@ def evaluate(net, domain, ctx):
     """Protocol: whole images, single scale (or --multi-scale), logits at image size, argmax; one
     confusion matrix over the split; 255 ignored; each image once.
     -> (ConfusionMatrix, rows of the panel)"""
-    cfg = domain.cfg
-    data = domain.data
     net.eval()
-    confusion = ConfusionMatrix(len(data.classes), ctx.device)
-    examples = Examples(len(data.val), ctx)
-    one_size = cfg.scoring_size or data.one_size  # then images are batched
-    transform = partial(T.for_scoring, size=cfg.scoring_size)
-    for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
-        prediction = predict(net, x, domain.number, cfg, ctx).argmax(1)
+    confusion = ConfusionMatrix(len(domain.data.classes), ctx.device)
+    examples = Examples(len(domain.data.val), ctx)
+    for x, y in scored_batches(domain.data, domain.cfg, ctx):
+        prediction = predict(net, x, domain.number, domain.cfg, ctx).argmax(1)
         confusion.update(prediction, y)
         examples.add(x, y, prediction)
     confusion.reduce()
@@ -637,7 +587,6 @@ def train(cfg, settings):
     """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU, 0..1
     settings: {name: Config} of the domains, which take turns (Sec. 3.4)"""
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
     ctx.share(cfg.batch)  # a wrong --batch is an error now, not after the classifier of --weak
     domains = [Domain(number, *item) for number, item in enumerate(settings.items())]
     for domain in domains:
@@ -690,7 +639,7 @@ def train(cfg, settings):
             y_l = without_easy_pixels(logits_l, y_l, eta(step, cfg, logits_l.shape[1]))  # Eq. 4
         loss = loss_s = cross_entropy(logits_l, y_l, ctx.count(y_l != T.IGNORE))  # Eq. 1
         terms = dict(loss_s=loss_s)
-        if cfg.adversarial:  # Eq. 11, 12
+        if cfg.lambda_adv:  # Eq. 11, 12
             with ctx.autocast():
                 guess = discriminator(reverse_gradient(torch.cat([z_l, z_u]), cfg.lambda_adv))
             loss_adv = domain_loss(guess, domain.number)
@@ -746,20 +695,18 @@ def prepare(domains, folder, ctx):
 
 def make_networks(cfg, domains):
     """-> (f, [its auxiliary decoders of each domain], discriminator or None)"""
-    counts = [len(domain.data.classes) for domain in domains]
-    net = Segmenter(cfg, counts)
+    net = Segmenter(cfg, [len(domain.data.classes) for domain in domains])
     channels = net.encoder.psp.out_channels
-    auxiliaries = nn.ModuleList(Auxiliary(domain.cfg, channels, count)
-                                for domain, count in zip(domains, counts))
-    discriminator = Discriminator(channels, len(domains)) if cfg.adversarial else None
+    auxiliaries = nn.ModuleList(Auxiliary(domain.cfg, channels, len(domain.data.classes))
+                                for domain in domains)
+    discriminator = Discriminator(channels, len(domains)) if cfg.lambda_adv else None
     return net, auxiliaries, discriminator
 
 
 def make_optimizer(net, heads, cfg):
     """Two groups: the ResNet, and all else. heads: the decoders and the discriminator"""
-    others = [*net.encoder.psp.parameters(), *heads.parameters()]
     groups = [dict(params=list(net.encoder.backbone.parameters()), lr_mult=cfg.backbone_lr_mult),
-              dict(params=others, lr_mult=1.0)]
+              dict(params=[*net.encoder.psp.parameters(), *heads.parameters()], lr_mult=1.0)]
     if cfg.optimizer == "sgd":
         return momentum_sgd(groups, cfg.lr, cfg.weight_decay)
     return torch.optim.Adam(groups, cfg.lr, weight_decay=cfg.weight_decay, fused=True)
@@ -770,19 +717,18 @@ def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
     so that memory does not grow with K. -> (the gradient at z_u, the losses)
 
     main: g. z_u [B, 512, h, w] = h(x_u). y_w: pseudo-labels of x_u, or None."""
-    names = auxiliary.names
     w_u = ramped_weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
     w_w = ramped_weight(cfg.lambda_w, step, cfg)  # Eq. 5
     z = z_u.detach().float().requires_grad_()
     p, guides = main_prediction(main, auxiliary, z_u, ctx)
     keep = p.amax(1) > cfg.confidence  # App. B.2
-    kept = len(names) * ctx.count(keep)  # divisor of the mean over pixels and decoders (Eq. 2)
-    pseudo_labelled = len(names) * ctx.count(y_w != T.IGNORE) if cfg.weak else None
+    kept = len(auxiliary.names) * ctx.count(keep)  # Eq. 2: a mean over pixels and decoders
+    pseudo_labelled = len(auxiliary.names) * ctx.count(y_w != T.IGNORE) if cfg.weak else None
     paired, mean_q = pairwise_mean(auxiliary, z, guides, step, cfg, ctx)
     losses = dict(loss_u=0.0, w_u=w_u)
     losses |= dict(loss_w=0.0, w_w=w_w) if cfg.weak else {}
     losses |= dict(loss_pairwise=0.0) if paired else {}
-    for k in range(len(names)):
+    for k in range(len(auxiliary.names)):
         logits_k = auxiliary_logits(k, auxiliary, z, guides, step, cfg, ctx)
         loss_k = (auxiliary.distance(cfg.distance, p, logits_k) * keep).sum() / kept  # Eq. 2, 7-9
         losses["loss_u"] += loss_k.detach()

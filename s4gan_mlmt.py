@@ -81,17 +81,18 @@ from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, check_classes, choose_labelled, open_dataset
 from common.datasets.tags import Tagged
-from common.inference import Examples, predict_folder
+from common.files import make_folder
+from common.inference import Examples, predict_folder, scored_batches
 from common.miou import ConfusionMatrix
 from common.photometry import colour_jitter, gaussian_blur
 from common.random import mix
 from common.regions import count_pixels
 from common.roc import auc, in_words, roc_picture
-from common.run_folder import RunFolder, make_folder
+from common.run_folder import RunFolder
 from common.runtime import Runtime
 from common.schedules import make_teacher, momentum_sgd, poly, set_lr, update_ema
 from common.settings import ANY, RESNETS, BaseConfig, Size, UserError, option
-from common.streams import Stream, endless, once
+from common.streams import Stream, endless
 from common.weights import load_weights
 
 A = dict(branch=("s4gan", "both"))  # what a flag needs to have an effect
@@ -163,8 +164,7 @@ class Config(BaseConfig):
                                          within=(1, 1000), needs=A | dict(network="deeplabv2"))
     stride_on: str = option("1x1", "convolution that has a bottleneck's stride (D3)",
                             ("1x1", "3x3"), needs=A | dict(network="deeplabv2"))
-    input_scale: str = option("imagenet", "how S gets its images (D3); caffe: as the code's VOC; "
-                              "bgr: as its Cityscapes", tuple(INPUT_SCALES),
+    input_scale: str = option("imagenet", "how S gets its images (D3)", tuple(INPUT_SCALES),
                               needs=A | dict(network="deeplabv2"))
     optimizer: str = option("sgd", "sgd (momentum 0.9) or adam, for S", ("sgd", "adam"), needs=A)
     lr: float = option(2.5e-4, "learning rate of S (Sec. 4.1.3)", within=(0, 1000), needs=A)
@@ -386,8 +386,7 @@ def augment(cfg, image, mask, rng):
     scale = low + 0.1 * int(rng.integers(round((high - low) / 0.1) + 1))
     image, mask = T.resize(image, mask, [round(side * scale) for side in image.shape[1:]])
     if cfg.crop:
-        image, mask = T.pad_to(image, mask, cfg.crop, cfg.pad_label)
-        image, mask = T.random_crop(image, mask, cfg.crop, rng)
+        image, mask = T.random_crop(image, mask, cfg.crop, rng, cfg.pad_label)
     if cfg.shift:
         image, mask = T.random_shift(image, mask, cfg.shift, rng)
     if cfg.flip:
@@ -458,15 +457,6 @@ def classify(classifier, x, ctx):
     x = F.interpolate(x, classifier.size, mode="bilinear", align_corners=False, antialias=True)
     with ctx.autocast():
         return classifier(x).float().sigmoid()
-
-
-def scored_batches(data, cfg, ctx):
-    """Iterator of (x, y) over the scored split, each image once"""
-    one_size = cfg.eval_size != "full" or data.one_size  # then images are batched
-    transform = partial(T.for_scoring, size=cfg.scoring_size)
-    if cfg.eval_size == "centre":
-        transform = partial(T.centre_square, side=512)
-    return once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx)
 
 
 def evaluate(net, data, cfg, ctx, classifier=None):
@@ -541,7 +531,6 @@ def count_heuristics(net, data, cfg, ctx):
 def train(cfg):
     """Train, or resume, the run in cfg.out; ends with the `final:` line. -> mIoU (B: AUC), 0..1"""
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     unlabelled = unlabelled or labelled  # all are labelled: every stream has all of them

@@ -76,7 +76,7 @@ from common.checkpoint import load_network, open_checkpoint, same_classes
 from common.command_line import check_needs, parse, run, run_name
 from common.datasets import DATASETS, choose_labelled, open_dataset
 from common.datasets.pseudo import mask_path, read_mask
-from common.inference import Examples, predict_folder
+from common.inference import Examples, predict_folder, scored_batches
 from common.miou import ConfusionMatrix
 from common.pictures import save_mask
 from common.randaugment import strong, warp
@@ -85,7 +85,7 @@ from common.run_folder import RunFolder
 from common.runtime import Runtime
 from common.schedules import make_teacher, update_ema
 from common.settings import ANY, RESNETS, BaseConfig, UserError, flag, option
-from common.streams import Stream, endless, once, to_device
+from common.streams import Stream, endless, to_device
 from common.weights import load_weights, read_weights
 
 BALANCE = {  # Sec. IV-B: (from this many labels on, labelled images of a minibatch, both lambdas)
@@ -435,9 +435,7 @@ def evaluate(net, others, data, cfg, ctx):
     names = ["miou", *others] if net.branch is None else ["miou", "miou_branch", *others]
     confusions = {name: ConfusionMatrix(len(data.classes), ctx.device) for name in names}
     examples = Examples(len(data.val), ctx)
-    one_size = cfg.scoring_size or data.one_size  # then images are batched
-    transform = partial(T.for_scoring, size=cfg.scoring_size)
-    for x, y in once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx):
+    for x, y in scored_batches(data, cfg, ctx):
         with ctx.autocast():
             logits = [z for z in net(x) if z is not None]
             logits += [network(x, branch=False)[0] for network in others.values()]
@@ -489,7 +487,6 @@ def train(cfg):
     finished.pt: it is then never repeated. Stages are connected by the masks alone.
     """
     ctx = Runtime(cfg.device, cfg.precision)
-    cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     balance(cfg, len(labelled))

@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from common.datasets.masks import Split
-from common.files import replacing
-from common.run_folder import make_folder
+from common.files import make_folder, replacing
 from common.transforms import resize, to_tensors
 
 

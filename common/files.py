@@ -1,4 +1,4 @@
-"""Atomic writing: a temporary file in the same folder is written, then renamed."""
+"""Atomic writing, by a temporary file in the same folder that is renamed; new folders."""
 import os
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,3 +24,13 @@ def replacing(path, mode="w", suffix=".tmp"):
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error}): expected a folder with room for "
                         f"it") from error
+
+
+def make_folder(path, given_by="--out"):
+    """Make a folder. Raises UserError, naming the flag, if it cannot be made or is read-only."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{given_by} {path}: cannot make this folder ({error.strerror})") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"{given_by} {path}: this folder is read-only")

@@ -1,6 +1,7 @@
 """What a trained network is used for: examples for the panel of a run, predictions for a folder."""
 import os
 import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,12 @@ from PIL import Image
 
 from common.datasets import bdd100k, cityscapes, voc
 from common.datasets.masks import IMAGE_SUFFIXES, find_files, read_image
+from common.files import make_folder
 from common.pictures import save_mask, save_picture
-from common.run_folder import make_folder
 from common.settings import UserError, say
 from common.smoothness import smoothness_picture
-from common.streams import to_device
-from common.transforms import denormalise, for_scoring
+from common.streams import once, to_device
+from common.transforms import centre_square, denormalise, for_scoring
 
 SERVERS = {  # --format: the names that the test server knows, and the palette of its classes
     "voc": (voc.KEY, voc.voc_palette()[:21]),
@@ -42,6 +43,16 @@ class Examples:
                 image = (255 * denormalise(image)).round().clamp(0, 255).permute(1, 2, 0)
                 self.rows.append([x.byte().cpu().numpy() for x in (image, truth, predicted)])
             self.seen += 1
+
+
+def scored_batches(data, cfg, ctx):
+    """Iterator of (images, masks) of the scored split, each image once: at its own size, cfg.size
+    or as its central square, as cfg.eval_size says; in batches if all have one size"""
+    one_size = cfg.eval_size != "full" or data.one_size
+    transform = partial(for_scoring, size=cfg.scoring_size)
+    if cfg.eval_size == "centre":
+        transform = partial(centre_square, side=512)
+    return once(data.val, transform, cfg.batch if one_size else 1, cfg.workers, ctx)
 
 
 def predict_folder(network, cfg, palette, ctx):

@@ -4,7 +4,6 @@ import copy
 import dataclasses
 import fcntl
 import json
-import os
 import shutil
 import signal
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
-from common.files import replacing
+from common.files import make_folder, replacing
 from common.log import Log
 from common.pictures import prediction_panel, save_picture
 from common.settings import UserError, flag, kinds_of, say, show, to_save
@@ -32,6 +31,7 @@ class RunFolder:
         Raises UserError if the folder holds a run with other settings, or one that is going on.
         """
         self.path = self.log_path = Path(cfg.out)
+        cfg.precision = ctx.precision  # not `auto`: a resumed run must have the same precision
         self.cfg = cfg
         self.datasets = datasets
         self.ctx = ctx
@@ -211,16 +211,6 @@ class RunFolder:
             raise SystemExit(143)
 
 
-def make_folder(path, given_by="--out"):
-    """Make a folder. Raises UserError, naming the flag, if it cannot be made or is read-only."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{given_by} {path}: cannot make this folder ({error.strerror})") from error
-    if not os.access(path, os.W_OK):
-        raise UserError(f"{given_by} {path}: this folder is read-only")
-
-
 def lock(path):
     """Claim a run folder for this process until it ends. Raises UserError if another one has it."""
     file = open(path / ".lock", "w")
@@ -228,8 +218,8 @@ def lock(path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"--out {path}: another process is training in this folder: wait for it, "
-                        f"or choose another folder; after a crash of its machine, delete .lock in "
-                        f"it") from error
+                        f"or choose another one; or, if its machine crashed, delete .lock there"
+                        ) from error
     except OSError:  # as file systems of clusters may be
         say(f"{path}: a file system without locks: do not train in this folder twice at a time")
     return file  # open as long as the lock is held

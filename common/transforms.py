@@ -55,23 +55,19 @@ def denormalise(image):
     return image * std + mean
 
 
-def pad_to(image, mask, size, label=IGNORE):
-    """Pad bottom and right up to `size`: an image with the mean colour, its mask with a label."""
-    bottom = max(0, size[0] - image.shape[1])
-    right = max(0, size[1] - image.shape[2])
-    return pad(image, mask, [0, 0, right, bottom], label)
-
-
 def pad(image, mask, edges, label=IGNORE):
-    """edges: left, top, right, bottom"""
+    """An image with the mean colour, its mask with a label. edges: left, top, right, bottom"""
     if any(edges):
         image = tvf.pad(image, edges, fill=MEAN_COLOUR)
         mask = mask if mask is None else tvf.pad(mask[None], edges, fill=label)[0]
     return image, mask
 
 
-def random_crop(image, mask, size, rng):
-    """A window of `size` at a uniform place; the image must be at least that large (see pad_to)."""
+def random_crop(image, mask, size, rng, label=IGNORE):
+    """A window of `size` at a uniform place. A smaller image is first padded, bottom and right."""
+    bottom = max(0, size[0] - image.shape[1])
+    right = max(0, size[1] - image.shape[2])
+    image, mask = pad(image, mask, [0, 0, right, bottom], label)
     top = int(rng.integers(image.shape[1] - size[0] + 1))
     left = int(rng.integers(image.shape[2] - size[1] + 1))
     window = np.s_[..., top:top + size[0], left:left + size[1]]

@@ -539,7 +539,7 @@ def test_domains_take_turns_and_the_idle_one_does_not_move(trained):
 
 @pytest.mark.parametrize("step, domain", [(1, 0), (2, 1)])
 def test_each_domain_has_its_own_images_and_its_term_of_eq11(trained, step, domain):
-    record = trained(domains=(C, 3), adversarial=True, steps=step, lr=0.0)  # moves BN's statistics only
+    record = trained(domains=(C, 3), lambda_adv=0.02, steps=step, lr=0.0)  # moves BN's statistics only
     batches_l, batches_u = cct.streams(record.domains[domain], 0, CTX)
     x, y = next(batches_l)
     z_l, z_u = record.net.encoder(x, next(batches_u))
@@ -562,7 +562,7 @@ def test_discriminator_has_the_layers_of_table_8():
 
 
 def test_eq12_discriminator_descends_and_the_encoder_ascends_its_loss(trained):
-    record = trained(domains=(C, 3), adversarial=True, lambda_adv=0.3)
+    record = trained(domains=(C, 3), lambda_adv=0.3)
     net, discriminator = record.net, record.discriminator
     z_l, z_u = net.encoder(record.x_l, record.x_u)
     loss_adv = -sum(discriminator(z).log_softmax(1)[:, 0].mean() for z in (z_l, z_u)) / 2

@@ -97,7 +97,7 @@ def take_steps(tmp_path, monkeypatch):
 @pytest.mark.parametrize("script, flags", [
     ("cct", ""), ("cct", "--supervised --supervised-loss ab_ce"), ("cct", "--method mean_teacher"),
     ("cct", "--method vat"), ("cct", "--distance js --confidence 0.5 --pairwise 1 --vat-released"),
-    ("cct", "--data shapes+shapes --adversarial --k 1"), ("cct", "--weak"),  # steps of the classifier
+    ("cct", "--data shapes+shapes --lambda-adv 0.02 --k 1"), ("cct", "--weak"),  # steps of the classifier
     ("three_stage", ""), ("c3_semiseg", "--burn-in 0.001"),  # one step in the burn-in, one after it
     ("c3_semiseg", "--burn-in 0 --mix intra --keys teacher --sampling random --dcrs 1 --skip-classes 0"),
     ("s4gan_mlmt", "--branch s4gan"), ("s4gan_mlmt", "--branch mlmt"),

@@ -300,7 +300,7 @@ TWO = {  # flags whose result does not hang on float error, and the columns to c
 
 @pytest.mark.parametrize("script, more", [*((script, "") for script in SCRIPTS), *(
     pytest.param("cct", more, marks=pytest.mark.slow) for more in (
-        "--data folder+folder --adversarial --steps 4",
+        "--data folder+folder --lambda-adv 0.02 --steps 4",
         "--weak --tags {root}/tags.txt --weak-epochs 2 --weak-lr 0.01"))])
 def test_two_processes_equal_one(tiny, folder_data, tmp_path, capsys, script, more):
     """Same losses as one process with the same global batch (BN synchronised), every image scored once."""
@@ -335,7 +335,7 @@ SETTINGS = {
     "cct": ["--method mean_teacher", "--method vat",
             "--k 1 --precision bf16 --pairwise 1 --distance js",
             "--k 1 --supervised-loss ab_ce --distance kl --optimizer adam --shift 3 --flip",
-            "--k 1 --data folder+folder --labeled 5+4 --adversarial",
+            "--k 1 --data folder+folder --labeled 5+4 --lambda-adv 0.02",
             "--data folder+folder --supervised",
             "--k 1 --steps 2 --weak --tags {root}/tags.txt --weak-epochs 3 --no-crf"],
     "three_stage": ["--supervised",
@@ -380,7 +380,7 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
         "--no-last-relu", "--stem deep", "--seed 1", "--no-flip", "--shift 5",
         "--scale 0.8 0.9", "--long-side 64", "--crop 40", "--labeled 4", "--optimizer adam",
         ["--steps 2 --supervised", "--steps 2 --method vat", "--steps 2 --method mean_teacher"]),
-    "cct, domains": ("--steps 4 --k 1 --data folder+folder --adversarial", "--lambda-adv 9", "--labeled 5+4",
+    "cct, domains": ("--steps 4 --k 1 --data folder+folder --lambda-adv 0.02", "--lambda-adv 9", "--labeled 5+4",
                      ["--steps 4 --k 1 --data folder+folder"]),
     "cct, weak": ("--steps 2 --k 1 --weak --tags {root}/tags.txt --weak-epochs 6 --thresholds 0.3 0.6",
                   "--lambda-w 3", "--weak-epochs 7", "--weak-lr 0.01", "--thresholds 0.4 0.6", "--no-crf",
