@@ -194,8 +194,7 @@ def _opened(path, what):
 
 
 def read_image(path, upright=False):
-    """uint8 [H, W, 3], RGB; upright: turned as EXIF says, which masks are not. UserError names the
-    file."""
+    """uint8 [H, W, 3], RGB. upright: turned as EXIF says, unlike masks. UserError names a file."""
     with _opened(path, "an image") as picture:
         if upright:
             picture = ImageOps.exif_transpose(picture)
