@@ -159,7 +159,7 @@ class Config(BaseConfig):
     lambda_w: float = option(0.4, "final weight of L_w (Eq. 5)", within=(0, 1e6), needs=WEAK)
     weak_epochs: int = option(5, "epochs of the classifier", within=(1, 10**6), needs=WEAK)
     weak_lr: float = option(0.1, "learning rate of the classifier", within=(0, 1000), needs=WEAK)
-    thresholds: tuple[float, float] = option((0.05, 0.3), "background below, object above",
+    thresholds: tuple[float, float] = option((0.05, 0.3), "of CAMs: background below, object above",
                                              within=(0, 1), needs=WEAK)
     crf: bool = option(True, "refine the pseudo-labels by a dense CRF", needs=WEAK)
 
