@@ -220,7 +220,7 @@ def lock(path):
         raise UserError(f"--out {path}: another process is training in this folder: wait for it, "
                         f"or choose another one; or, if its machine crashed, delete .lock there"
                         ) from error
-    except OSError:  # as file systems of clusters may be
+    except OSError:  # such as Lustre mounted without flock
         say(f"{path}: a file system without locks: do not train in this folder twice at a time")
     return file  # open as long as the lock is held
 

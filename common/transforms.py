@@ -36,8 +36,8 @@ def resize_long_side(image, mask, length):
 
 
 def mean_and_std(device):
-    """Of ImageNet, [3, 1, 1] each. The host does not wait for the GPU, as in torchvision's
-    normalize."""
+    """Of ImageNet, [3, 1, 1] each. Unlike in torchvision's normalize, the host does not wait for the
+    GPU."""
     return [torch.tensor(values)[:, None, None].to(device, non_blocking=True)
             for values in (IMAGENET_MEAN, IMAGENET_STD)]
 
