@@ -40,15 +40,18 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D9  The poly policy is printed as 1 - (t/N)^.9; the code's (1 - t/N)^.9 is used here. The ResNet's
       learning rate is a tenth of the others in the code and here, equal in the paper.
   D10 The ramp of ab-CE is 0.5 of the training in Table 12, 0.4 in App. K, in the code and here. The
-      code's threshold stops at 0.894, ours at the 0.9 of Eq. 17. B pixels per process always stay.
+      code's threshold stops at 0.894; ours goes on to the 0.9 of Eq. 17. As in the code, B pixels
+      are kept at least: here of the images of each process.
   D11 The code replays augmented labelled batches from a cache, and its baseline takes fewer steps.
       Here every sample is augmented anew, and the baseline takes as many steps.
-  D12 The crop is 321 in the paper, 320 in the code and here. Other sizes are padded by reflection
-      to multiples of 8 (each scale of --multi-scale too; the code squeezes); only L_u counts it.
+  D12 The crop is 321 in the paper, 320 in the code and here. Other sizes are padded to multiples of
+      8 by reflection; L_s leaves padding out, L_u counts it. With --multi-scale each scale is
+      padded on its own; the code pads once and squeezes.
   D13 The authors' ResNet begins with three 3x3 convolutions; ours has the stem that its --weights
       have: those of torchvision have one of 7x7, torchcv's 3x3resnet50-imagenet.pth three.
-  D14 With --weights none ICNR hardly trains: sub-pixel convolutions start as the identity, with a
-      bias that keeps the ReLUs active, and the backbone has the heads' learning rate.
+  D14 The ICNR head hardly trains from scratch. So with --weights none its sub-pixel convolutions
+      start as the identity, with a bias that keeps the ReLUs active, and the backbone has the
+      heads' learning rate.
   D15 On several GPUs the code's BN is per GPU; here BN, losses and draws are those of one batch.
   D16 Mean Teacher and VAT are not in the code, and the paper gives no constants: the teacher is in
       eval mode and decays by --ema, VAT has I-VAT's constants.
@@ -58,8 +61,9 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       cross-entropy here, over labelled and unlabelled images. g_d descends L_adv itself, h gets
       -lambda_adv times its gradient, from the first step on; leaky ReLUs have the slope 0.2.
   D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a network of its
-      own, without momentum (--weights weak/last.pt begins with it); its layer4 is dilated here. The
-      CRF refines the labels of each threshold, as in the code, not their combination.
+      own, by SGD without momentum (give its weak/last.pt to --weights to begin with it). Its layer4
+      is dilated here. As in the code, the CRF refines the labels of each threshold, and the results
+      are then combined; in the paper it refines the combined labels.
 
 Commands
   python cct.py                                               first run: shapes, on a CPU in minutes
@@ -319,8 +323,9 @@ class Auxiliary(nn.Module):
         super().__init__()
         self.names = [name for name, count in PERTURBATIONS.items() if name in cfg.perturbations
                       for _ in range(cfg.k or count)]
-        self.decoders = nn.ModuleList(Decoder(in_channels, num_classes, cfg.weights == "none",
-                                              cfg.last_relu) for _ in self.names)
+        scratch = cfg.weights == "none"
+        self.decoders = nn.ModuleList(Decoder(in_channels, num_classes, scratch, cfg.last_relu)
+                                      for _ in self.names)
         is_object = torch.tensor([c not in cfg.background for c in range(num_classes)])
         self.register_buffer("is_object", is_object, persistent=False)
         self.distance = torch.compile(distance) if cfg.compile else distance  # Eq. 7-9

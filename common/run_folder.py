@@ -218,8 +218,8 @@ def lock(path):
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:
         raise UserError(f"--out {path}: another process is training in this folder: wait for it, "
-                        f"or choose another one; or, if its machine crashed, delete .lock there"
-                        ) from error
+                        f"or choose another folder. If its machine has crashed, delete .lock in "
+                        f"this folder") from error
     except OSError:  # such as Lustre mounted without flock
         say(f"{path}: a file system without locks: do not train in this folder twice at a time")
     return file  # open as long as the lock is held

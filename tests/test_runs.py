@@ -148,6 +148,12 @@ def test_a_signal_to_torchrun_saves(tiny, tmp_path):
     assert 1 < last(folder)["step"] < 4000
 
 
+def test_a_terminal_that_lacks_a_letter_does_not_end_the_run():
+    code = r"from common.settings import say; say('\u4e2d'); say('y')"
+    environment = os.environ | dict(PYTHONIOENCODING="latin-1")
+    assert subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, env=environment) == b"?\ny\n"
+
+
 @pytest.mark.parametrize("make", [os.pipe, os.openpty])
 def test_a_reader_that_goes_away_does_not_end_the_run(make):
     """`| head -1`, or a terminal that is closed"""
