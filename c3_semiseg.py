@@ -13,7 +13,8 @@ Map (paper -> this file)
   Eq. 4 CutMix                  boxes, pairing, swap    Sec. 4.1 lambda_1       consistency_weight
   Eq. 6 threshold EMA           class_thresholds        Fig. 1 CNN, SEG, PROJ   Segmenter
   Eq. 7 L_total                 train                   Sec. 3.1 teacher, alpha update_teacher
-  Table 3 --lambda-1, --contrast; 4 --contrast, --sampling; 5 --student-aug; 6 --mix; 7 --dcrs
+  Table 1, 2 PRESETS; 3 --lambda-1, --contrast; 4 --contrast, --sampling; 5 --teacher-aug,
+  --student-aug; 6 --mix; 7 --dcrs      Fig. 2 predictions.png      Sec. 4.1 mIoU evaluate
 
 Deviations: what the paper says, what the authors' code does (--released), what we do, and why
   D1  DeepLabv2's ASPP has four rates. The code returns too early and uses only 6 and 12. So do
@@ -22,23 +23,26 @@ Deviations: what the paper says, what the authors' code does (--released), what 
       do we on its datasets and shapes; the other presets take the sum and 2.63 = 50 / 19.
   D3  Eq. 1 and 2 are means per image, the code's are per GPU. Here --groups stands for the GPUs:
       means, CutMix pairs and contrast stay within a group; the number of processes has no effect.
-  D4  Added by the code and us: Eq. 5 times 1.5 (--contrast-scale 1), contrast in the burn-in
-      (--no-contrast-burn-in), rises of lambda_2 (--contrast-ramp 0) and of the EMA's decay
-      (--no-ema-warmup). Keys of labelled pixels are the teacher's in the paper (--keys teacher),
-      the student's here: detached when unlabelled images are contrasted too, else with gradient.
+  D4  Added by the code and us (in brackets: how to undo it): Eq. 5 times 1.5 (--contrast-scale 1),
+      contrast in the burn-in (--no-contrast-burn-in), rises of lambda_2 (--contrast-ramp 0) and of
+      the EMA's decay (--no-ema-warmup). Keys of labelled pixels are the teacher's in the paper
+      (--keys teacher), the student's in the code and here: detached when unlabelled images are
+      contrasted too, else with gradient.
   D5  The code never contrasts class 0, the road; nor do we on its datasets: --skip-classes none.
       And it trains on the black corners that rotation makes in unlabelled crops; we do not.
   D6  The paper has one learning rate. The code's backbone has a tenth of it and three updates per
       step (conv1 one, shortcuts four); ours has 0.3 of it and one update.
-  D7  D_U is train without D_L in the paper and here, another in the code for BDD100K and the seeds
-      but 12345. On BDD100K the code's D_U has neither RandAugment nor rescaling; ours has both.
+  D7  D_U is train without D_L in the paper and here. In the code it is all of train on BDD100K, and
+      on Cityscapes train without the D_L of seed 12345, whatever the seed. On BDD100K the code's
+      D_U has neither RandAugment nor rescaling; ours has both.
   D8  The code's numbers are the student's best epoch; ours are the student's after the last step.
   D9  From scratch (--weights none) frozen BN and heads of N(0, 0.01) do not train. BN learns there,
       the teacher averages its statistics, and heads have PyTorch's initialisation.
-  D10 The other half of the anchors is random in the paper, predicted correctly in the code and
-      here. A class with no more than --views cells in an image has none.
-  D11 Ten epochs of burn-in are 9 x 250 steps in the code, and that share here. From the code are
-      also where lambda_1's t begins, the first thresholds, the boxes' area, jitter, RandAugment.
+  D10 Half of the anchors are hard; the others are random in the paper, predicted correctly in the
+      code and here. A class with no more than --anchors cells in an image has no anchors.
+  D11 Ten epochs of burn-in are 9 x 250 steps in the code, and that share of the steps here. Also
+      from the code: when lambda_1's t begins, the first thresholds, the boxes' area, the constants
+      of jitter and RandAugment.
 
 Commands
   python c3_semiseg.py                                        first run: shapes, on a CPU in minutes
@@ -97,7 +101,7 @@ class Config(BaseConfig):
     consist_ramp: float = option(0.16, "its ramp: share of the steps", within=(0, 1), needs=CONSIST)
     divide_by_classes: bool = option(True, "mean over classes in Eq. 2 (D2)", needs=CONSIST)
     ema: float = option(0.99, "decay alpha of the teacher (Sec. 4.1)", within=(0, 1), needs=SEMI)
-    ema_warmup: bool = option(True, "smaller decay in its first 25 steps (D4)", needs=SEMI)
+    ema_warmup: bool = option(True, "smaller decay in its first 24 steps (D4)", needs=SEMI)
     mix: str = option("cross", "CutMix pairs (Table 6)", ("cross", "intra", "none"), needs=SEMI)
     dcrs: float = option(0.8, "DCRS: share s of a class to keep", within=(0, 1), needs=SEMI)
     dcrs_beta: float = option(0.9, "DCRS: decay beta of Eq. 6", within=(0, 1), needs=SEMI)
@@ -112,9 +116,10 @@ class Config(BaseConfig):
                                     needs=LABELLED | dict(burn_in=ANY))
     contrast_scale: float = option(1.5, "factor of Eq. 5 (D4)", within=(0, 1e6), needs=CONTRAST)
     tau: float = option(0.15, "temperature of Eq. 5", within=(0.001, 1000), needs=CONTRAST)
-    views: int = option(20, "anchors per class and image", within=(2, 10000), needs=CONTRAST)
-    sampling: str = option("hard", "half hard or any (Table 4)", ("hard", "random"), needs=CONTRAST)
-    keys: str = option("student", "keys of D_L's pixels", ("student", "teacher"), needs=LABELLED)
+    anchors: int = option(20, "anchors per class and image", within=(2, 10000), needs=CONTRAST)
+    sampling: str = option("hard", "anchors: half of them wrongly predicted, or any (Table 4)",
+                           ("hard", "random"), needs=CONTRAST)
+    keys: str = option("student", "who gives D_L's keys", ("student", "teacher"), needs=LABELLED)
     skip_classes: tuple[int, ...] = option((), "ids of classes that are not contrasted (D5)",
                                            within=(0, 254), needs=CONTRAST)
 
@@ -128,7 +133,7 @@ class Config(BaseConfig):
                                          group="network")
     batch: int = option(16, "labelled images per step over all processes; as many unlabelled",
                         within=(1, 100000), group="optimisation", scoring=True)
-    groups: int = option(4, "parts of a batch, one per process at least (D3)", within=(1, 100000))
+    groups: int = option(4, "parts of a batch, each for itself (D3)", within=(1, 100000))
     lr: float = option(1.2e-4, "learning rate of SEG and PROJ (Sec. 4.1)", within=(0, 1000))
     backbone_lr_mult: float | None = option(None, "share of --lr for the CNN [0.3; 1 from scratch]",
                                             within=(0, 1000))
@@ -138,7 +143,7 @@ SUM = dict(divide_by_classes=False, lambda_1=2.63)  # for any number of classes 
 PRESETS = {
     "shapes": dict(labeled="40", steps=1000, batch=6, groups=1, crop=(80, 80), backbone="resnet18",
                    backbone_layers=2, weights="none", aspp_rates=(1, 3), lr=1.5e-3, lambda_1=25.0,
-                   views=8, burn_in=0.15, consist_ramp=0.3, workers=0, eval_every=250,
+                   anchors=8, burn_in=0.15, consist_ramp=0.3, workers=0, eval_every=250,
                    save_every=100),
     "cityscapes": dict(labeled="100", seed=12345, steps=25000, size=(512, 1024), crop=(256, 512),
                        eval_size="train", skip_classes=(0,), eval_every=250),
@@ -191,8 +196,8 @@ class Segmenter(nn.Module):
                 conv.reset_parameters()
         self.projection = nn.Sequential()  # made last: SEG's initial weights do not depend on it
         if cfg.contrast != "none":
-            z = self.net.body.out_channels
-            self.projection = nn.Sequential(nn.Conv2d(z, 256, 1), nn.ReLU(), nn.Conv2d(256, 256, 1))
+            first = nn.Conv2d(self.net.body.out_channels, 256, 1)
+            self.projection = nn.Sequential(first, nn.ReLU(), nn.Conv2d(256, 256, 1))
         for conv in self.projection[::2] if not scratch else ():
             nn.init.normal_(conv.weight, std=0.01)
 
@@ -223,8 +228,8 @@ def photometry(image, view, rng):
 
 
 def rand_augment(image, rng):
-    """R: two of ten operations, with replacement, each with probability 1/2 at a level N(10, 0.5)
-    in [0, 10]. image: PIL"""
+    """R: two of ten operations, drawn with replacement. Each runs with probability 1/2, at a level
+    of mean 10 and standard deviation 0.5, clipped to [0, 10]. image: PIL"""
     for name in rng.choice(list(OPS), 2):
         level = float(min(max(rng.normal(10, 0.5), 0), 10))
         if rng.random() < 0.5:
@@ -315,7 +320,7 @@ def cross_entropy(logits, y, groups=1):
 
 
 def consistency(logits, q, keep, groups=1, divide_by_classes=True):
-    """Eq. 2: L_consist = mean over confident pixels of -sum_c q_c log p_c, over C (D2) -> scalar
+    """Eq. 2: L_consist = mean of -sum_c q_c log p_c over confident pixels, / C (D2) -> scalar
 
     logits [B, C, H, W] of the student, p = softmax(logits); q [B, C, H, W] the teacher's
     probabilities (constant); keep = M bool [B, H, W]; groups: see cross_entropy.
@@ -344,8 +349,8 @@ def class_thresholds(confidence, classes, old, s, beta):
     return torch.where(n > 0, beta * old + (1 - beta) * delta, old)
 
 
-def sample(f, keys, classes, logits, u, views=20, hard=True, groups=1):
-    """Sec. 3.3, 4.1: in every image `views` distinct cells of each class that has more of them.
+def sample(f, keys, classes, logits, u, anchors=20, hard=True, groups=1):
+    """Sec. 3.3, 4.1: in every image `anchors` distinct cells of each class that has more cells.
 
     Half of them are hard (predicted as another class), half easy; if one kind is short, the other
     fills up. hard=False: all at random. f, keys [B, D, h, w]; classes [B, H, W], 255: none; logits
@@ -357,31 +362,31 @@ def sample(f, keys, classes, logits, u, views=20, hard=True, groups=1):
     classes = F.interpolate(classes[:, None].float(), size, mode="nearest").long().flatten(1)
     logits = F.interpolate(logits.detach(), size, mode="bilinear", align_corners=False)
     easy = (classes == logits.argmax(1).flatten(1)) | (not hard)  # [B, h w]
-    none = 2 * num_classes
+    none = 2 * num_classes  # the kind of cells without a class
     kind = torch.where(classes == 255, none, 2 * classes + easy)  # 2c hard, 2c + 1 easy
     order = (kind + u.double()).argsort(1)  # by kind, and at random within it
     count = torch.zeros(len(u), none + 1, dtype=torch.long, device=u.device)
     count.scatter_add_(1, kind, torch.ones_like(kind))
     start = count.cumsum(1) - count  # where a kind begins in `order`
     count, start = (x[:, :none].reshape(-1, 2) for x in (count, start))  # [B C, hard and easy]
-    large = (count.sum(1) > views).view(groups, -1)  # [groups, B C / groups]
-    most = len(u) // groups * min(num_classes, order.shape[1] // (views + 1))  # a group can have
-    if not u.is_cuda:  # the host would wait for a GPU
+    large = (count.sum(1) > anchors).view(groups, -1)  # [groups, B C / groups]
+    most = len(u) // groups * min(num_classes, order.shape[1] // (anchors + 1))  # T, upper bound
+    if not u.is_cuda:  # T itself; to ask a GPU for it, the host would have to wait
         most = int(large.sum(1).max())
     large, pair = large.byte().sort(dim=1, descending=True, stable=True)
-    large, pair = large[:, :most].bool(), pair[:, :most]  # [groups, T]
-    pair = pair + torch.arange(0, len(count), len(count) // groups, device=u.device)[:, None]
+    first = torch.arange(0, len(count), len(count) // groups, device=u.device)[:, None]
+    pair = pair[:, :most] + first  # [groups, T]: rows of `count`, one for an image and class
     n_hard, n_easy = count[pair].split(1, 2)  # [groups, T, 1]
     at_hard, at_easy = start[pair].split(1, 2)
-    half = views // 2
-    take = torch.where(n_easy >= views - half, n_hard.clamp(max=half), views - n_easy)  # hard ones
-    slot = torch.arange(views, device=u.device)
+    half = anchors // 2
+    take = torch.where(n_easy >= anchors - half, n_hard.clamp(max=half), anchors - n_easy)  # hard
+    slot = torch.arange(anchors, device=u.device)
     at = torch.where(slot < take, at_hard + slot, at_easy + slot - take)  # [groups, T, V]
     image = (pair // num_classes)[..., None]
     cells = order[image, at.clamp(0, order.shape[1] - 1)]
     f, keys = (x.flatten(2).transpose(1, 2)[image, cells].flatten(1, 2) for x in (f, keys))
-    classes, valid = (x.repeat_interleave(views, 1) for x in (pair % num_classes, large))
-    return f, keys, classes, valid
+    valid = large[:, :most].bool().repeat_interleave(anchors, 1)  # [groups, n], n = T V
+    return f, keys, (pair % num_classes).repeat_interleave(anchors, 1), valid
 
 
 def contrastive(f, keys, classes, valid, tau=0.15):
@@ -416,7 +421,8 @@ def consistency_weight(step, cfg):
 
 def augment(cfg, labelled, image, mask, rng):
     """Training transform: the weak view of a labelled image -> (image, mask), or two views of an
-    unlabelled one -> ((teacher's view, student's view, valid bool [H, W]), None)"""
+    unlabelled one -> ((teacher's view, student's view, valid bool [H, W]), None). As in the code, a
+    labelled image is rotated after it is cropped, an unlabelled one before."""
     image, mask = T.to_tensors(image, mask)
     scale = float(rng.choice(cfg.scales))
     size = cfg.size or image.shape[1:]
@@ -439,8 +445,8 @@ def augment(cfg, labelled, image, mask, rng):
 
 def streams(data, labelled, unlabelled, step, cfg, ctx):
     """-> endless iterators, from this step on, of (images [B, 3, H, W], masks) and of views"""
-    weak, two_views = partial(augment, cfg, True), partial(augment, cfg, False)
-    stream_l = Stream(data.train, labelled, weak, cfg.seed, "labelled", True)
+    two_views = partial(augment, cfg, False)
+    stream_l = Stream(data.train, labelled, partial(augment, cfg, True), cfg.seed, "labelled", True)
     stream_u = Stream(data.train, unlabelled, two_views, cfg.seed, "unlabelled", False)
     share = ctx.share(cfg.batch)
     batches_u = endless(stream_u, share, max(step - burn_in_end(cfg), 0), cfg.workers, ctx)
@@ -458,8 +464,7 @@ def predict(net, x, ctx):
 
 def evaluate(net, others, data, cfg, ctx):
     """Protocol: whole images, single scale, logits at image size, argmax; one confusion matrix over
-    the split; 255 ignored; each image once. Scored are `net` and the `others`, {column of log.csv:
-    network}.
+    the split; 255 ignored; each image once. others: {column of log.csv: network}, scored as well.
     -> (ConfusionMatrix of net, {column: mIoU of the others}, rows of the panel)"""
     nets = dict(miou=net) | others
     for network in nets.values():
@@ -494,7 +499,7 @@ def train(cfg):
         raise UserError("--mix intra needs an even number of labelled images in each of --groups")
     burn_in = burn_in_end(cfg)
     folder = RunFolder("c3_semiseg", cfg, ctx, data)
-    data = cached(data, cfg.size if set(cfg.scales) == {1} else None, cfg, ctx)
+    data = cached(data, cfg.size if cfg.scales == (1, 1, 1) else None, cfg, ctx)
 
     torch.manual_seed(mix(cfg.seed, "init"))  # the same initial weights on every process
     student = Segmenter(cfg, num_classes)
@@ -561,7 +566,7 @@ def train(cfg):
                          unlabelled=(f_u, keys_u, y_u, logits_u))
         loss_sup = cross_entropy(logits_l, y_l, groups)  # Eq. 1
         loss = loss_sup + lambda_1 * loss_consist
-        if len(student.projection):
+        if cfg.contrast != "none":
             loss_contrast = contrast(kinds, step, groups, cfg, ctx)  # Eq. 5
             loss = loss + lambda_2 * loss_contrast  # Eq. 7
             terms |= dict(loss_contrast=loss_contrast, w_contrast=lambda_2)
@@ -583,8 +588,7 @@ def make_optimizer(student, cfg):
     """Adam without weight decay; two groups that hold every trained parameter once"""
     body = [p for p in student.net.body.parameters() if p.requires_grad]
     heads = [*student.net.head.parameters(), *student.projection.parameters()]
-    groups = [dict(params=body, lr_mult=cfg.backbone_lr_mult),
-              dict(params=heads, lr_mult=1.0)]
+    groups = [dict(params=body, lr_mult=cfg.backbone_lr_mult), dict(params=heads, lr_mult=1.0)]
     return torch.optim.Adam(groups, cfg.lr, fused=True)
 
 
@@ -598,9 +602,10 @@ def confident_pixels(q, valid, thresholds, cfg, ctx):
     confidence, classes = q.max(1)
     keep = valid
     if cfg.dcrs < 1:
-        everywhere = ctx.gather(confidence.flatten())
-        counted = ctx.gather(classes.masked_fill(~valid, T.IGNORE).byte().flatten())
-        thresholds.copy_(class_thresholds(everywhere, counted, thresholds, cfg.dcrs, cfg.dcrs_beta))
+        all_confidence = ctx.gather(confidence.flatten())
+        all_classes = ctx.gather(classes.masked_fill(~valid, T.IGNORE).byte().flatten())
+        moved = class_thresholds(all_confidence, all_classes, thresholds, cfg.dcrs, cfg.dcrs_beta)
+        thresholds.copy_(moved)
         keep = valid & (confidence >= thresholds[classes])
     return classes.masked_fill(~keep, T.IGNORE), keep
 
@@ -612,7 +617,7 @@ def contrast(kinds, step, groups, cfg, ctx):
     classes [B, H, W], 255: not to be used, the student's logits [B, C, H, W])}
     """
     chosen = [kinds[name] for name in kinds if cfg.contrast in ("both", name)]
-    if not chosen or (len(kinds) == 1 and not cfg.contrast_burn_in):
+    if not chosen or ("unlabelled" not in kinds and not cfg.contrast_burn_in):  # in the burn-in
         return 0 * kinds["labelled"][0].float().sum()  # 0, but DDP needs a gradient of PROJ
     rng = ctx.random(cfg.seed, "views", step)
     samples = []
@@ -621,9 +626,9 @@ def contrast(kinds, step, groups, cfg, ctx):
             classes = classes.masked_fill(classes == c, T.IGNORE)
         u = rng.uniform(len(f), f[0, 0].numel())
         hard = cfg.sampling == "hard"
-        samples.append(sample(f, keys, classes, logits, u, cfg.views, hard, groups))
-    rows = (torch.cat(parts, 1) for parts in zip(*samples))  # a group's labelled, unlabelled ones
-    return contrastive(*rows, cfg.tau) * cfg.contrast_scale
+        samples.append(sample(f, keys, classes, logits, u, cfg.anchors, hard, groups))
+    f, keys, classes, valid = (torch.cat(parts, 1) for parts in zip(*samples))  # D_L's, then D_U's
+    return contrastive(f, keys, classes, valid, cfg.tau) * cfg.contrast_scale
 
 
 # ---------------------------------------------------------------------- command line

@@ -9,18 +9,17 @@ at inference. With image-level labels (Sec. 3.3), pseudo-labels of the unlabelle
 g_a^k, too. With several datasets (Sec. 3.4), h is shared, and each has decoders of its own.
 
 Map (paper -> this file)
-  Eq. 1 supervised CE        cross_entropy         Sec. 3.2.3 feature-based  f_noise, f_drop
-  Eq. 2 L_u over K decoders  train_auxiliary         guided, random          con_msk, .., dropout
-  Eq. 3, 5 L, Algorithm 1    train                 Sec. 3.3, Fig. 9 CAMs     weak_labels
-  Eq. 4 ab-CE                without_easy_pixels   Sec. 3.4 domains          Domain, train
-  Eq. 6 L_w                  train_auxiliary       Sec. 4.1, Table 11        Encoder, Decoder
+  Eq. 1 supervised CE        cross_entropy         Sec. 3.2.3 perturbations  f_noise to i_vat
+  Eq. 2, 6 L_u, L_w          train_auxiliary       Sec. 3.3, Fig. 9 CAMs     weak_labels
+  Eq. 3, 5 L, Algorithm 1    train                 Sec. 3.4 domains          Domain, train
+  Eq. 4 ab-CE                without_easy_pixels   Sec. 4.1, Table 11        Encoder, Decoder
   Eq. 7-9 MSE, KL, JS        distance              Sec. 4.2 mIoU             evaluate
   Eq. 10 pairwise loss       pairwise              Sec. 4.4.1 K per type     PERTURBATIONS, --k
-  Eq. 11 L_adv, Table 8      domain_loss           App. A Mean Teacher, VAT  train, input_vat
-  Eq. 12 its gradient        reverse_gradient      App. B.2 masking          --confidence
+  Eq. 11 L_adv               domain_loss           App. A Mean Teacher, VAT  train, input_vat
+  Eq. 12 lambda_adv          reverse_gradient      App. B.2 masking          --confidence
   Eq. 13-15 I-VAT            i_vat, common/vat.py  App. D, Fig. 2, 7         --format smoothness
-  Eq. 16, Fig. 8 w_u(t)      ramped_weight         App. F multi-scale        predict
-  Eq. 17 eta(t)              eta                   Table 12                  Config, PRESETS
+  Eq. 16, 17, Fig. 8 ramps   ramped_weight, eta    App. F multi-scale        predict
+  Table 8 g_d                Discriminator         Table 12                  Config, PRESETS
 
 Deviations: what the paper says, what the authors' code does (--released), what we do, and why
   D1  Eq. 7 to 9 sum over classes; the code and we take the mean, to which lambda_u = 30 belongs.
@@ -47,8 +46,8 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D12 The crop is 321 in the paper, 320 in the code and here. Other sizes are padded to multiples of
       8 by reflection; L_s leaves padding out, L_u counts it. With --multi-scale each scale is
       padded on its own; the code pads once and squeezes.
-  D13 The authors' ResNet begins with three 3x3 convolutions; ours has the stem that its --weights
-      have: those of torchvision have one of 7x7, torchcv's 3x3resnet50-imagenet.pth three.
+  D13 The authors' ResNet begins with three 3x3 convolutions; ours begins as its --weights do:
+      torchvision's with one of 7x7, torchcv's 3x3resnet50-imagenet.pth with three of 3x3.
   D14 The ICNR head hardly trains from scratch. So with --weights none its sub-pixel convolutions
       start as the identity, with a bias that keeps the ReLUs active, and the backbone has the
       heads' learning rate.
@@ -58,12 +57,12 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D17 Domains: the paper leaves open batch and steps. Here an epoch is one pass over the domain with
       the most unlabelled images, and as many steps of the others; BN and the ramps are shared.
   D18 Eq. 11 prints 1 - log g_d for log(1 - g_d). g_d has two channels in Table 8, so L_adv is a
-      cross-entropy here, over labelled and unlabelled images. g_d descends L_adv itself, h gets
-      -lambda_adv times its gradient, from the first step on; leaky ReLUs have the slope 0.2.
-  D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a network of its
-      own, by SGD without momentum (give its weak/last.pt to --weights to begin with it). Its layer4
-      is dilated here. As in the code, the CRF refines the labels of each threshold, and the results
-      are then combined; in the paper it refines the combined labels.
+      cross-entropy here, over labelled and unlabelled images. g_d minimises L_adv (unweighted); h
+      gets -lambda_adv times its gradient, without a ramp; leaky ReLUs have the slope 0.2.
+  D19 Weak labels: the paper pretrains h as the classifier; the code, and we, train a separate
+      network by SGD without momentum (give its weak/last.pt to --weights to begin with it). Its
+      layer4 is dilated here. As in the code, the CRF refines the labels of each threshold, and the
+      results are then combined; in the paper it refines the combined labels.
 
 Commands
   python cct.py                                               first run: shapes, on a CPU in minutes
@@ -119,8 +118,8 @@ TYPE = {name: CCT | dict(perturbations=name) for name in PERTURBATIONS}
 
 @dataclass
 class Config(BaseConfig):
-    data: str = option("shapes", f"dataset: {', '.join(DATASETS)}; several: a+b (Sec. 3.4), then "
-                       "also in --root, --labeled, --split, --tags", group="run", scoring=True)
+    data: str = option("shapes", f"dataset: {', '.join(DATASETS)}; several: a+b (Sec. 3.4), as "
+                       "then in --root, --labeled, --split, --tags", group="run", scoring=True)
     format: str = option("palette", "files of --predict: palette PNGs, what a test server takes, "
                          "or maps of the distances between neighbours (Fig. 2, 7)",
                          ("palette", "voc", "cityscapes", "bdd100k", "smoothness"),
@@ -137,7 +136,7 @@ class Config(BaseConfig):
     k: int | None = option(None, "decoders of each type [6; 2 of i_vat, con_msk, obj_msk]",
                            within=(1, 1000), needs=CCT)
     distance: str = option("mse", "d(.,.) of Eq. 7, 8, 9", ("mse", "kl", "js"), needs=CCT)
-    confidence: float = option(0.0, "keep pixels of main probability above this (App. B.2: 0.5)",
+    confidence: float = option(0.0, "L_u: only pixels where g is surer than this (App. B.2: 0.5)",
                                within=(0, 1), needs=CCT)
     pairwise: float = option(0.0, "weight of the loss of Eq. 10", within=(0, 1e6), needs=CCT)
     drop_range: tuple[float, float] = option((0.6, 0.9), "F-Drop: range of gamma; released 0.7 0.9",
@@ -146,7 +145,7 @@ class Config(BaseConfig):
     dropout: float = option(0.5, "DropOut: rate", within=(0, 0.999), needs=TYPE["dropout"])
     cutout: float = option(0.4, "G-Cutout: share of each side of the box (Table 12)", within=(0, 1),
                            needs=TYPE["g_cutout"])
-    background: tuple[int, ...] = option((0,), "ids of classes that are context, not objects (D7)",
+    background: tuple[int, ...] = option((0,), "ids of the classes that are context, or none (D7)",
                                          within=(0, 254), needs=CCT)
     vat_eps: float = option(2.0, "I-VAT, VAT: norm of r_adv (Eq. 15)", within=(0, 1e6), needs=VAT)
     vat_xi: float = option(0.1, "I-VAT, VAT: step of the power iteration (Eq. 13)",
@@ -206,8 +205,8 @@ PRESETS["folder"] = PRESETS["voc"] | dict(labeled="all")
 PRESETS["sunrgbd13"] = PRESETS["sunrgbd"]
 PRESETS["camvid+cityscapes"] = PRESETS["cityscapes"] | dict(labeled="50")  # Table 2
 PRESETS["cityscapes+sunrgbd13"] = PRESETS["cityscapes"] | dict(labeled="1500", epochs=100)
-PRESETS |= dict.fromkeys(("pcontext", "bdd100k"), PRESETS["folder"] | dict(labeled="1/8"))
-PRESETS["pcontext59"] = PRESETS["pcontext"] | dict(background=())  # these are not in the paper
+PRESETS["pcontext"] = PRESETS["bdd100k"] = PRESETS["folder"] | dict(labeled="1/8")
+PRESETS["pcontext59"] = PRESETS["pcontext"] | dict(background=())  # these three: not in the paper
 PRESET_OF_EACH = (  # what a domain takes from its own preset
     "size", "long_side", "scale", "crop", "flip", "shift", "eval_size", "background")
 RELEASED_SETTINGS = {"all": dict(drop_range=(0.7, 0.9), vat_released=True),  # D5, D6
@@ -247,10 +246,9 @@ class Decoder(nn.Module):
     PixelShuffle). Main and auxiliary decoders have this one architecture and share no weights.
     512 C + 12 C^2 + 12 C parameters.
 
-    ICNR: the four sub-pixels of a class start with one row of a Kaiming-normal C x C matrix, biases
-    as PyTorch draws them. scratch (D14): the identity matrix and no bias: the decoder starts
-    as nearest upsampling of the first layer's logits.
-    """
+    ICNR initialisation: the four sub-pixels of a class start with the same weights, one row of a
+    Kaiming-normal C x C matrix; biases as PyTorch draws them. scratch (D14): one row of the
+    identity, and biases 4, 0, 0, which makes it nearest upsampling of relu(first layer + 4)."""
 
     def __init__(self, in_channels, num_classes, scratch=False, last_relu=True):
         super().__init__()
@@ -358,10 +356,8 @@ def f_noise(z, rng, amplitude=0.3):
 
 
 def f_drop(z, rng, low=0.6, high=0.9):
-    """F-Drop: zero the most active cells, those with z' >= gamma ~ U(0.6, 0.9).
-
-    z' is the sum over the channels (or their mean), divided by its maximum in the sample.
-    """
+    """F-Drop: zero the most active cells, those with z' >= gamma ~ U(0.6, 0.9). z': the sum over
+    the channels (here their mean, which gives the same), divided by its maximum in the sample."""
     gamma = low + (high - low) * rng.shared(1)
     activity = z.detach().float().mean(1, keepdim=True)  # [B, 1, h, w]
     return z * (activity < gamma * activity.amax((2, 3), keepdim=True))
@@ -440,8 +436,8 @@ def cross_entropy(logits, y, count=None):
 
 
 def without_easy_pixels(logits, y, threshold):
-    """Eq. 4: y with 255 where the true class's probability reaches the threshold. Eq. 1 of it is
-    ab-CE. B pixels of the batch are kept at least, ties aside (D10).
+    """Eq. 4: y with 255 where the true class's probability reaches the threshold: ab-CE is the
+    cross_entropy with these labels. B pixels of the batch are kept at least, ties aside (D10).
 
     logits [B, C, H, W], y int64 [B, H, W] with 255 ignored -> [B, H, W]
     """
@@ -463,8 +459,7 @@ def distance(kind, p, logits):
     """Eq. 7-9 at every pixel: d(p, q), q = softmax(logits), mean over classes (D1) -> [B, H, W]
 
     mse: (p - q)^2.  kl: p log(p/q).  js: KL(p|m)/2 + KL(q|m)/2, m = (p + q)/2.
-    p: main probabilities [B, C, H, W], float32, a constant; logits [B, C, H, W] of an auxiliary
-    decoder.
+    p [B, C, H, W]: the target probabilities, float32, a constant; logits [B, C, H, W].
     """
     match kind:
         case "mse":
@@ -593,7 +588,7 @@ def train(cfg, settings):
     settings: {name: Config} of the domains, which take turns (Sec. 3.4)"""
     ctx = Runtime(cfg.device, cfg.precision)
     ctx.share(cfg.batch)  # a wrong --batch is an error now, not after the classifier of --weak
-    domains = [Domain(number, *item) for number, item in enumerate(settings.items())]
+    domains = [Domain(number, name, settings[name]) for number, name in enumerate(settings)]
     for domain in domains:
         domain.choose_labelled()
     longest = max(math.ceil(len(domain.unlabelled) / cfg.batch) for domain in domains)
@@ -631,8 +626,8 @@ def train(cfg, settings):
         set_lr(optimizer, lr)
         with folder.log.waiting():
             x_l, y_l = next(domain.batches_l)
-            x_u = next(domain.batches_u) if method else None
-        x_u, y_w = x_u if cfg.weak else (x_u, None)
+            batch_u = next(domain.batches_u) if method else None
+        x_u, y_w = batch_u if cfg.weak else (batch_u, None)  # y_w: pseudo-labels
         optimizer.zero_grad()  # .grad = None: decoders of idle domains neither move nor decay
         if method == "vat":
             rng = ctx.random(cfg.seed, "vat", step)
@@ -720,7 +715,6 @@ def make_optimizer(net, heads, cfg):
 def train_auxiliary(main, auxiliary, z_u, x_u, y_w, step, cfg, ctx):
     """The backward pass of w_u L_u, w_w L_w and the pairwise loss, one auxiliary decoder at a time,
     so that memory does not grow with K. -> (the gradient at z_u, the losses)
-
     main: g. z_u [B, 512, h, w] = h(x_u). y_w: pseudo-labels of x_u, or None."""
     w_u = ramped_weight(cfg.lambda_u, step, cfg)  # Sec. 3.2.2, Eq. 16
     w_w = ramped_weight(cfg.lambda_w, step, cfg)  # Eq. 5
@@ -796,7 +790,7 @@ def main(argv=None):
         number, _, cfg = chosen[0]
         network = partial(predict, net.eval(), domain=number, cfg=cfg, ctx=ctx)
         if cfg.format == "smoothness":  # Fig. 2, 7
-            network = torch.no_grad()(net.encoder.backbone)
+            network = net.encoder.backbone.requires_grad_(False)
         predict_folder(network, cfg, known[number]["palette"], ctx)
     ctx.close()
 

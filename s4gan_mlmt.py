@@ -8,12 +8,12 @@ which classes an image holds. The branches share nothing but the labelled images
 class that the classifier rejects is removed from the segmentation.
 
 Map (paper -> this file)
-  Eq. 1 L_ce             cross_entropy            Sec. 4.1.2 D, Fig. 3      Discriminator
-  Eq. 2 L_fm             feature_matching         Sec. 3.1 input of D       one_hot, unit_range
-  Eq. 3 L_st             self_training            Sec. 4.1.2 S, Table 2     Segmenter
-  Eq. 4 L_S              train_s4gan              Sec. 4.1.2 classifier     Classifier
-  Eq. 5 L_D              discriminator_loss       Sec. 4.1.3 schedules      train_s4gan, PRESETS
-  Eq. 6 L_MT             multi_label, consistency Sec. 4.2 mIoU             evaluate
+  Eq. 1 L_ce             cross_entropy            Sec. 3.1 input of D       one_hot, unit_range
+  Eq. 2 L_fm             feature_matching         Sec. 3.2 x and x'         two_views, strong_view
+  Eq. 3 L_st             self_training            Sec. 4.1.1 mIoU           evaluate
+  Eq. 4 L_S              train_s4gan              Sec. 4.1.2 S, classifier  Segmenter, Classifier
+  Eq. 5 L_D              discriminator_loss       Sec. 4.1.2 D, Fig. 3      Discriminator
+  Eq. 6 L_MT             multi_label, consistency Sec. 4.1.3 schedules      train_s4gan, PRESETS
   Eq. 7 fusion           fuse                     Table 5 thresholds        count_heuristics
   Fig. 11 scores of D    log.csv's columns d_*    Table 6 standard GAN      adversarial
   Fig. 12 ROC            evaluate_classifier      Table 7 image labels      --weak, --tags
@@ -21,35 +21,35 @@ Map (paper -> this file)
 Deviations: what the paper says, what the authors' code does (--released), what we do, and why
   D1  The code uses two of DeepLabv2's four branches, because it returns inside the loop over them;
       here all four: --aspp-rates 6,12 is the code's.
-  D2  The code lists the ResNet's convolutions three times (conv1 once, shortcuts four), which
-      triples their rate: try --backbone-lr-mult 3. As in it, the last layers have ten times --lr.
+  D2  The code gives its optimiser the ResNet's convolutions three times (conv1 once, shortcuts
+      four), as if with 3 times --lr: --backbone-lr-mult 3. As there, the last layers get 10 x it.
   D3  BN of S works on batch statistics with fixed weights, as in the code; from scratch (--weights
       none) the weights learn. The scale of the input cancels in it, so all data are normalised for
-      torchvision's weights, where the code has 0..255 (VOC) and BGR (Cityscapes), --input-scale. A
-      bottleneck has its stride on the 1x1 convolution, as in the code; torchvision's weights:
-      --stride-on 3x3. Of COCO weights the code restores the classifier too, we the ResNet alone.
-  D4  VOC is flipped and scaled by 0.5 to 1.6 (the code's range, off by default). As in the code,
-      PASCAL-Context is scaled by about 0.7 to 2.7, but not blurred, and scored on the central
-      512x512. Padding is background in the code, ignored here. The code's Cityscapes batch is 8.
+      torchvision's weights, where the code has 0..255 (VOC) and BGR (Cityscapes): --input-scale.
+      The stride of layer2 is on a 1x1 convolution, as in the code; --stride-on 3x3 puts it where
+      torchvision's weights had it. Of COCO weights the code also takes the classifier, we do not.
+  D4  VOC is flipped and scaled by 0.5 to 1.6, in the code only on demand. PASCAL-Context is scaled
+      by about 0.7 to 2.7 and scored on the central 512x512, as in the code, which also blurs it and
+      counts its padding as background (--pad-label 0). The code's Cityscapes batch is 8.
   D5  Eq. 1 and 3 are sums; the code and we take means, in Eq. 3 over the images that pass. An image
       passes if D >= gamma in the paper and here, if D > gamma in the code.
   D6  D has dropout after all four convolutions in the paper; the code and we drop channels after
-      three: --d-dropout elementwise is the paper's. The pooling adapts.
+      three: --d-dropout elementwise is the paper's. We pool globally; the code, a fixed window.
   D7  The images that D sees are scaled to 0..1 over their batch; the code scales those of true maps
       by the range of another batch. As in the code, only true maps are 0 at ignored pixels.
   D8  Eq. 2 leaves the norm open, Eq. 5 the factor: L1 with a mean, and 1/2, as in the code.
   D9  As in the code, D's score that selects images for L_st is computed before D's update, with
       dropout; in step 0 no image is selected.
-  D10 Eq. 6 prints a softmax cross-entropy, which allows one class per image: sigmoids, as in the
-      code. L_cons is the paper's; the code's is --cons cosine --cons-on unlabelled. Its ramp, the
-      optimiser and views of branch B (the jitter's order: one per step) are the code's; the paper
-      gives none.
+  D10 Eq. 6 prints a softmax cross-entropy, which allows one class per image; the code and we take
+      sigmoids. L_cons is the paper's; the code's is --cons cosine --cons-on unlabelled. The paper
+      gives no ramp of lambda_cons, and no optimiser or views of branch B: ours are the code's, but
+      all images of a batch get the operations of the jitter in one order.
   D11 The teacher (decay min(1 - 1/(t+1), 0.999), BN statistics of its own, used at test time) is
       the code's, but starts as a copy of the student.
   D12 The code fuses logits: a removed class gets 0, which beats negative logits; and the background
       can be removed. Here probabilities are fused, and the background is never removed.
-  D13 The standard GAN of Table 6 is not in the code: -log D on unlabelled images. Its DeepLabv3+
-      does not run: here a ResNet of stride 16. On several GPUs all is as with one global batch.
+  D13 The standard GAN of Table 6 is not in the code: here -log D on unlabelled images. The code's
+      DeepLabv3+ does not run; ours is a ResNet of stride 16. On several GPUs all is as with one.
 
 Commands
   python s4gan_mlmt.py                                    first run: shapes, on a CPU in minutes
@@ -151,7 +151,7 @@ class Config(BaseConfig):
 
     scale: tuple[float, float] = option((1.0, 1.0), "range of random rescaling, in steps of 0.1",
                                         within=(0.01, 100), group="augmentation", needs=A)
-    pad_label: int = option(255, "label of the padding of images smaller than --crop (code: 0, D4)",
+    pad_label: int = option(255, "label of the padding of images smaller than --crop (D4)",
                             within=(0, 255), needs=A | dict(crop=ANY))
     shift: int = option(0, "random shift of up to this many pixels", within=(0, 10000), needs=A)
     eval_pad: Size | None = option(None, "pad scored images to this size", needs=A, scoring=True)
@@ -164,7 +164,7 @@ class Config(BaseConfig):
                                          within=(1, 1000), needs=A | dict(network="deeplabv2"))
     stride_on: str = option("1x1", "convolution that has a bottleneck's stride (D3)",
                             ("1x1", "3x3"), needs=A | dict(network="deeplabv2"))
-    input_scale: str = option("imagenet", "how S gets its images (D3)", tuple(INPUT_SCALES),
+    input_scale: str = option("imagenet", "input of S: caffe 0..255, bgr 0..1 (D3)", tuple(INPUT_SCALES),
                               needs=A | dict(network="deeplabv2"))
     optimizer: str = option("sgd", "sgd (momentum 0.9) or adam, for S", ("sgd", "adam"), needs=A)
     lr: float = option(2.5e-4, "learning rate of S (Sec. 4.1.3)", within=(0, 1000), needs=A)
@@ -249,8 +249,8 @@ class Segmenter(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """D: four 4x4 convolutions of stride 2 (64, 128, 256, 512 channels), each with a leaky ReLU and
-    dropout, global average pooling, one linear layer. 1024 (C + 3) + 2,753,985 parameters."""
+    """D: four 4x4 convolutions of stride 2 (64 to 512 channels) with leaky ReLUs, dropout after
+    three (D6), global average pooling, one linear layer. 1024 (C + 3) + 2,753,985 parameters."""
 
     def __init__(self, num_classes, width=64, dropout="spatial"):
         super().__init__()
@@ -268,7 +268,7 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(conv(x), 0.2)
             if rng and (k < 3 or self.dropout == "elementwise"):
                 shape = x.shape if self.dropout == "elementwise" else (*x.shape[:2], 1, 1)
-                x = x * (2 * (rng.uniform(*shape) >= 0.5)).to(x.dtype)
+                x = x * (2 * (rng.uniform(*shape) >= 0.5))  # 2 = 1 / (1 - 0.5)
         feature = x.float().mean((2, 3))
         return self.fc(feature)[:, 0].float(), feature
 
@@ -280,14 +280,14 @@ class Classifier(nn.Module):
         super().__init__()
         self.size = cfg.mlmt_size
         self.body = getattr(torchvision.models, cfg.backbone)(weights=None)
+        channels = self.body.fc.in_features // 2 ** (4 - cfg.backbone_layers)  # each layer doubles
         self.body.fc = nn.Identity()
         for k in range(cfg.backbone_layers + 1, 5):
             setattr(self.body, f"layer{k}", nn.Identity())
-        norms = [m for m in self.body.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.fc = nn.Linear(norms[-1].num_features, num_classes)
+        self.fc = nn.Linear(channels, num_classes)
 
     def forward(self, x, x_u=None):
-        """[B, 3, h, w] -> logits [B, C]; with x_u also its own, with BN statistics of its own"""
+        """[B, 3, h, w] -> logits [B, C]; of x_u too, with BN statistics of its own"""
         logits = self.fc(self.body(x))
         return logits if x_u is None else (logits, self.fc(self.body(x_u)))
 
@@ -428,10 +428,10 @@ def streams(data, labelled, unlabelled, step, cfg, ctx):
 
 def fuse(p, keep, background=(0,)):
     """Eq. 7: class maps p [B, C, H, W] >= 0, with -1 where a class is neither kept nor background
+    (the paper has 0, to which p of a kept class may underflow).
 
-    keep: bool [B, C], G(x)_c > tau. Not 0, because a kept class may underflow to 0. Without a
-    background, an image that would lose all its classes stays as it is.
-    """
+    keep: bool [B, C], G(x)_c > tau. Without a background, an image that would lose all its classes
+    stays as it is."""
     keep = keep.clone()
     keep[:, list(background)] = True
     keep |= ~keep.any(1, keepdim=True)
@@ -498,26 +498,26 @@ def count_heuristics(net, data, cfg, ctx):
     the best IoU_c when class c alone is filtered. Both are tuned on the scored images.
     -> (T, its ConfusionMatrix), ([T_c], theirs)"""
     net.eval()
-    c = len(data.classes)
-    steps = cfg.heuristics * torch.arange(13, device=ctx.device)
-    tally = torch.zeros(3, 13, c, dtype=torch.int64, device=ctx.device)
+    num_classes = len(data.classes)
+    thresholds = cfg.heuristics * torch.arange(13, device=ctx.device)
+    tally = torch.zeros(3, 13, num_classes, dtype=torch.int64, device=ctx.device)
     for x, y in scored_batches(data, cfg, ctx):
         prediction = predict(net, x, cfg, ctx).argmax(1)
-        keep = count_pixels(prediction, c) >= steps[:, None, None]  # [13, B, C]
-        hits = count_pixels(prediction.where(prediction == y, 255), c)
-        predicted = count_pixels(prediction.where(y != 255, 255), c)
+        keep = count_pixels(prediction, num_classes) >= thresholds[:, None, None]  # [13, B, C]
+        hits = count_pixels(prediction.where(prediction == y, 255), num_classes)
+        predicted = count_pixels(prediction.where(y != 255, 255), num_classes)
         tally[0] += (keep * hits).sum(1)
         tally[1] += (keep * predicted).sum(1)
-        tally[2] += count_pixels(y, c).sum(0)
+        tally[2] += count_pixels(y, num_classes).sum(0)
     hits, predicted, true = ctx.sum(tally).double()
     iou = (hits / (true + predicted - hits)).nan_to_num(0)  # [13, C]
-    of_class = steps[iou.argmax(0)]  # the smallest of equally good ones
+    of_class = thresholds[iou.argmax(0)]  # the smallest of equally good ones
     of_class[list(cfg.background)] = 0
-    rules = [*steps[1:], of_class]
-    confusions = [ConfusionMatrix(c, ctx.device) for _ in rules]
+    rules = [*thresholds[1:], of_class]
+    confusions = [ConfusionMatrix(num_classes, ctx.device) for _ in rules]
     for x, y in scored_batches(data, cfg, ctx):
         p = predict(net, x, cfg, ctx).softmax(1)
-        counts = count_pixels(p.argmax(1), c)
+        counts = count_pixels(p.argmax(1), num_classes)
         for rule, confusion in zip(rules, confusions):
             confusion.update(fuse(p, counts >= rule, cfg.background).argmax(1), y)
     for confusion in confusions:

@@ -4,8 +4,9 @@
 A DeepLabv2 f is trained several times from the same pretrained weights. Stage 1 sees the labelled
 images L; its argmax gives a pseudo-mask for every image of L u U. Stage 2 adds consistency between
 f on a strongly augmented image and f's EMA teacher on the weak one, and a second task: a branch g
-on f's shared layers predicts the pseudo-masks, so that their errors never become a target of f. Its
-teacher writes better masks for Stage 3, whose branch shares all but the classifier. Only f is kept.
+on f's shared layers predicts the pseudo-masks, so that their errors never become a target of f. The
+teacher of Stage 2 writes better masks for Stage 3, whose g shares all but the classifier with f.
+Only f is kept.
 
 Map (paper -> this file)
   Eq. 1 L_con                 consistency            Sec. III-A A, B (common/) strong, warp
@@ -15,32 +16,37 @@ Map (paper -> this file)
   Table I, VII f, g^, g~      Segmenter, Branch      Sec. IV-B minibatches     Minibatches, BALANCE
   Table II, III, IV           PRESETS, --weights     Fig. 2 curves             log.csv
   Table V CR, T2, SA, N2      --lambda-con 0, --lambda-pl 0, --no-strong, --branch-stage3 ghat
-  Table VI EMA                --ema 0                Fig. 3; Fig. 4, 5         --lambda-con; stage*/
+  Table VI EMA                --ema 0                Fig. 4, 5             stage*/predictions.png
+  Fig. 3 lambda_1 = lambda_2  --lambda-con and --lambda-pl
 
 Deviations: what the paper says, what the authors' code does (--released), what we do, and why
-  D1  The paper gives L u U one image of a minibatch and L the others. In the code it is the other
-      way round, as here: else there would be almost no consistency.
+  D1  In the paper Sub-batch 1 (from L u U) has 1 to 3 images of a minibatch, Sub-batch 2 (from L)
+      the others. In the code it is the other way round, as here: else there would be almost no
+      consistency.
   D2  The paper leaves open whether L_con's target is hard. The code and we take the teacher's
       argmax, without threshold or ramp; --con-target soft takes its probabilities.
   D3  Algorithm 1 scores the student and writes the masks with it (--writer student). The code takes
-      the EMA teacher (Stage 1: the student), as here, but scores its best epoch. Both are logged.
+      the EMA teacher (Stage 1: the student), as here, but scores its best epoch, we its last step.
+      The other network's scores are logged, too.
   D4  The paper gives no EMA decay. The code's is 0.99, then 0.995, 0.9975 and 0.999 from 20k, 40k
       and 50k of 60k steps on; ours changes at the same shares of --steps.
-  D5  The paper's learning rate is 3e-5. The code's backbone has a tenth of it, but updates its
-      shortcuts 4 and most layers 3 times a step. Here: .1 (conv1), .3, .4 (shortcuts), --lr-groups.
+  D5  The paper's learning rate is 3e-5. The code gives the backbone a tenth of it, but updates its
+      shortcuts 4 and all else but conv1 3 times a step. Here every layer is updated once, with .1
+      (conv1), .4 (shortcuts) or .3 (all else) of --lr: --lr-groups.
   D6  Every stage of the paper has 60k steps. The code's Stage 1 has 20k (Cityscapes, of 4 images)
       or 10k (VOC), and so has ours, of --batch images; --stage1-share 1 is the paper's.
   D7  The paper's ASPP has four rates, and ours; the code adds up the first two only, by mistake:
       --aspp-rates 6,12. The code's g has C + 1 outputs, the paper's and ours C.
   D8  The paper only cites RandAugment and Cutout. Ours are the code's, but they work on RGB (not on
       the normalised crop), always fill with grey, and move an image and its masks by one map.
-  D9  Both losses ignore what A moves in from outside; L_pl also padding and Cityscapes' ego vehicle
-      (the code: a fixed mask; here: void in every labelled mask). Cutouts are not ignored.
-  D10 From scratch (--weights none) frozen BN and N(0, 0.01) cannot train: BN learns (--bn), also in
-      the teacher, conv6 starts as torchvision's ResNets do, and all layers have one learning rate.
+  D9  L_con and L_pl ignore what A moves in from outside; L_pl also padding and Cityscapes' ego
+      vehicle (the code: a fixed mask; here: void in every labelled mask). Cutouts are not ignored.
+  D10 From scratch (--weights none) frozen BN and N(0, 0.01) cannot train: BN learns (--bn), the
+      teacher averages its statistics, conv6 starts as torchvision's ResNets do, and all layers have
+      one learning rate.
   D11 The stride of conv3 is on the first 1x1 convolution, as in the code, although torchvision's
       weights were trained with it on the 3x3: --stride-on.
-  D12 The baseline (--supervised) is Stage 1, which the code calls so, with the steps of all stages.
+  D12 The baseline (--supervised) is Stage 1, as in the code, but with the steps of all stages.
   D13 Labels are drawn by --seed; the authors' are the first of a stored permutation: --split. On
       VOC write 1/100, 1/50, 1/20 or 1/8: a bare count is drawn from VOC's own train list.
 
@@ -92,7 +98,9 @@ BALANCE = {  # Sec. IV-B: (from this many labels on, labelled images of a miniba
     "cityscapes": ((0, 1, 1 / 2), (1448, 3, 1 / 2)),  # 1448 in the text, 1488 in Table II
     "voc": ((0, 1, 1 / 4), (529, 1, 5 / 4), (1323, 2, 5 / 8))}
 LR_GROUPS = {  # shares of --lr: conv1, the other layers of the backbone, their shortcuts (D5)
-    "released": (0.1, 0.3, 0.4), "nominal": (0.1, 0.1, 0.1), "literal": (1.0, 1.0, 1.0)}
+    "released": (0.1, 0.3, 0.4),  # what the repeated updates of the code amount to
+    "nominal": (0.1, 0.1, 0.1),  # what the code means to do
+    "literal": (1.0, 1.0, 1.0)}  # the paper's one learning rate
 SEMI = dict(supervised=False)  # what a flag needs to have an effect
 
 
@@ -134,8 +142,8 @@ class Config(BaseConfig):
 
     aspp_rates: tuple[int, ...] = option((6, 12, 18, 24), "dilations of the classifiers (D7)",
                                          within=(1, 1000), group="network")
-    input_scale: str = option("imagenet", "what --weights expect; caffe: 0..255 less the mean",
-                              tuple(INPUT_SCALES))
+    input_scale: str = option("imagenet", "what --weights expect; caffe: 0..255 less the mean; "
+                              "bgr: 0..1 less the mean, blue first", tuple(INPUT_SCALES))
     bn: str | None = option(None, "batch normalisation [frozen; learn with --weights none]",
                             ("frozen", "learn"))
     stride_on: str = option("1x1", "convolution that has conv3's stride (D11)", ("1x1", "3x3"))
@@ -145,7 +153,8 @@ class Config(BaseConfig):
     batch_l: int | None = option(None, "labelled images in a batch, Stage 2 on [Sec. IV-B, else 1]",
                                  within=(1, 100000), needs=SEMI)
     lr: float = option(3e-5, "learning rate of the new layers, constant (Adam)", within=(0, 1000))
-    lr_groups: str | None = option(None, "lr of the backbone (D5) [released; literal from scratch]",
+    lr_groups: str | None = option(None, "backbone's shares of --lr (D5): released .1 to .4, "
+                                   "nominal .1, literal 1 [released; literal from scratch]",
                                    tuple(LR_GROUPS))
 
 
@@ -167,7 +176,7 @@ PRESETS |= dict.fromkeys(("pcontext", "pcontext59", "bdd100k", "sunrgbd", "sunrg
 
 RELEASED_SETTINGS = {"all": dict(aspp_rates=(6, 12), lr_groups="released")}  # D5, D7
 RELEASED = (dict(names={  # files of the authors' code
-    r"layer5\.conv2d_list\.([01])": r"head.branches.\1", "layer5|layer4_2": None,  # D7; g
+    r"layer5\.conv2d_list\.([01])": r"head.branches.\1", "layer5|layer4_2": None,  # D7; no g
     r"(conv1|bn1|layer\d)\.": r"body.\1."}, classes="head.branches.0.weight",
     settings=dict(bn="frozen", stride_on="1x1")),)
 
@@ -242,14 +251,14 @@ def half_width(layer, bn):
     """A ResNet layer like this one (blocks, stride, dilation), but of half its width"""
     block = type(layer[0])
     shortcut = layer[0].downsample[0]
-    inside = shortcut.in_channels
-    outside = shortcut.out_channels // 2
-    down = nn.Sequential(nn.Conv2d(inside, outside, 1, shortcut.stride, bias=False),
-                         nn.BatchNorm2d(outside))
-    planes = outside // block.expansion
-    first = block(inside, planes, shortcut.stride[0], down)
-    half = nn.Sequential(first, *[block(outside, planes) for _ in layer[1:]])
-    dilation = [m.dilation for m in layer.modules() if getattr(m, "kernel_size", 0) == (3, 3)][-1]
+    in_channels = shortcut.in_channels
+    out_channels = shortcut.out_channels // 2
+    down = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, shortcut.stride, bias=False),
+                         nn.BatchNorm2d(out_channels))
+    planes = out_channels // block.expansion
+    first = block(in_channels, planes, shortcut.stride[0], down)
+    half = nn.Sequential(first, *[block(out_channels, planes) for _ in layer[1:]])
+    dilation = layer[-1].conv2.dilation  # conv2 is a 3x3 convolution in both kinds of blocks
     for conv in (m for m in half.modules() if isinstance(m, nn.Conv2d)):
         if conv.kernel_size == (3, 3):
             conv.dilation = conv.padding = dilation
@@ -297,9 +306,9 @@ def load_pretrained(f, cfg, say):
     own = f.head.state_dict()
     fits = {}
     for name, tensor in read_weights(cfg.weights).items():
-        mine = "branches." + name.rpartition("layer5.conv2d_list.")[2]  # the name in the COCO file
-        if mine in own and own[mine].shape == tensor.shape:
-            fits[mine] = tensor
+        ours = name.replace("layer5.conv2d_list.", "branches.")  # the COCO file's name for it
+        if ours in own and own[ours].shape == tensor.shape:
+            fits[ours] = tensor
     f.head.load_state_dict(fits, strict=False)
     say(f"classifier: {', '.join(fits) or 'nothing'} restored")
 
@@ -309,8 +318,8 @@ def load_pretrained(f, cfg, say):
 def cross_entropy(logits, y, count=None):
     """Eq. 2, 3: mean over valid pixels of H(y, softmax(logits)). logits [B, C, H, W] -> scalar
 
-    L_seg: f on labelled images, y the truth. L_pl: g on all images, y = B(pseudo-masks). y
-    [B, H, W], 255 ignored. count: the number to divide by (with several processes, their mean
+    L_seg: f on labelled images, y the truth. L_pl: g on all images, y the warped pseudo-masks.
+    y [B, H, W], 255 ignored. count: the number to divide by (with several processes, their mean
     number of valid pixels); None: y's own. 0 with a graph if all is ignored.
     """
     total = F.cross_entropy(logits.float(), y, ignore_index=255, reduction="sum")
@@ -322,9 +331,9 @@ def cross_entropy(logits, y, count=None):
 def consistency(logits, teacher_logits, index, count=None, target="hard"):
     """Eq. 1: L_con = mean over pixels with a source of H(B f'(x), f(Ax)) -> scalar
 
-    logits: f(Ax), teacher_logits: f'(x), a constant, both [B, C, H, W]. index: I [B, H, W], which
-    tells for every pixel of Ax the place y * W + x of x that it comes from, or -1. target: the
-    argmax (hard) or the softmax (soft) of f'(x). count: the number to divide by; None: of the
+    logits: f(Ax), teacher_logits: f'(x), a constant, both [B, C, H, W]. index: I [B, H, W], for a
+    pixel of Ax its place row * W + column in x, or -1 if it comes from outside. target: the argmax
+    (hard) or the softmax (soft) of f'(x). count: the number to divide by; None: the number of
     pixels with a source.
     """
     if count is None:
@@ -338,10 +347,11 @@ def consistency(logits, teacher_logits, index, count=None, target="hard"):
 
 def alpha(step, steps, fixed=None):
     """Decay of theta' <- alpha theta' + (1 - alpha) theta after this step of a stage: `fixed`, or
-    0.99, 0.995, 0.9975, 0.999 from 1/3, 2/3, 5/6 of its steps on (D4)"""
+    0.99, then 0.995, 0.9975 and 0.999 from 1/3, 2/3 and 5/6 of its steps on (D4)"""
     if fixed is not None:
         return fixed
-    return (0.99, 0.995, 0.9975, 0.999)[sum(step >= steps * share for share in (1/3, 2/3, 5/6))]
+    schedule = ((0, 0.99), (1 / 3, 0.995), (2 / 3, 0.9975), (5 / 6, 0.999))  # from this share on
+    return [decay for share, decay in schedule if step >= steps * share][-1]
 
 
 # ---------------------------------------------------------------------- data (Sec. IV-A, IV-B)
@@ -452,8 +462,9 @@ def evaluate(net, others, data, cfg, ctx):
 # ---------------------------------------------------------------------- pseudo-masks (Sec. III-B)
 
 def write_pseudo_masks(f, data, folder, cfg, ctx):
-    """y^_i = argmax f(x_i), i in L u U: palette PNGs at the size of training. Batches do not depend
-    on what is there already, so that a writer that was killed goes on to the very same files."""
+    """y^_i = argmax f(x_i), i in L u U: palette PNGs at the size of training. A batch always holds
+    the same images, whichever are written already: after a kill, the same command goes on to the
+    very same files."""
     def load(i):
         return T.for_scoring(data.train.image(i), None, cfg.size)[0]
 
@@ -490,11 +501,11 @@ def train(cfg):
     data = open_dataset(cfg.data, cfg.root, cfg.download)
     labelled, unlabelled = choose_labelled(data, cfg.labeled, cfg.split, cfg.seed)
     balance(cfg, len(labelled))
-    lengths = [max(1, round(cfg.stage1_share * cfg.steps)), *[cfg.steps] * (cfg.stages - 1)]
+    lengths = [max(1, round(cfg.stage1_share * cfg.steps))] + [cfg.steps] * (cfg.stages - 1)
     if cfg.supervised:
         lengths = [sum(lengths)]
     if cfg.masks:
-        lengths[:-1] = [0] * (cfg.stages - 1)
+        lengths = [0] * (cfg.stages - 1) + [cfg.steps]  # the last stage alone
     check_stages(cfg, data)
     folder = RunFolder("three_stage", cfg, ctx, data)
     data = cached(data, cfg.size, cfg, ctx)
@@ -503,16 +514,17 @@ def train(cfg):
     for stage in range(cfg.stages if cfg.masks else 1, len(lengths) + 1):
         part = folder.part(f"stage{stage}", own_log=False)
         finished = part.path / "finished.pt"
-        if not finished.exists() or stage == len(lengths):
+        is_last = stage == len(lengths)
+        if is_last or not finished.exists():
             f, confusion = train_stage(stage, lengths, data, labelled, part, cfg, ctx)
-        if not finished.exists() and stage < len(lengths):
+        if not is_last and not finished.exists():
             folder.catch_signals(False)  # a kill here loses nothing: the command goes on writing
             write_pseudo_masks(f, data, part.path / "pseudo", cfg, ctx)
             if ctx.main:
                 checkpoint.save(finished, dict(miou=confusion.miou(), labelled=data.labelled))
             folder.catch_signals()
             ctx.barrier()
-        if stage < len(lengths):
+        if not is_last:
             state = checkpoint.load(finished)
             if state.get("labelled") != data.labelled:
                 raise UserError(f"{part.path} was trained with other labelled images: choose "
@@ -542,8 +554,8 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
     """A stage, from the pretrained weights to its last step. lengths: steps of every stage.
     -> (f as it is scored, its ConfusionMatrix)
 
-    log.csv: losses without their weights; miou of the teacher (in Stage 1 of the student),
-    miou_branch of its g, miou_student. `step` counts through all stages.
+    log.csv: losses without their weights; miou of the network that is scored (D3), miou_branch of
+    its g, miou_student or miou_teacher of the other one. `step` counts through all stages.
     """
     steps = lengths[stage - 1]
     net = MultiTask(cfg, len(data.classes), stage)
@@ -567,7 +579,7 @@ def train_stage(stage, lengths, data, labelled, folder, cfg, ctx):
         masks = cfg.masks or folder.path.parent / f"stage{stage - 1}/pseudo"
     batch_l = cfg.batch if stage == 1 else cfg.batch_l
     share = ctx.share(cfg.batch)
-    n_l = min(max(batch_l - ctx.rank * share, 0), share)  # the first processes have the labelled
+    n_l = min(max(batch_l - ctx.rank * share, 0), share)  # labelled images, on the first processes
     minibatches = Minibatches(data, labelled, batch_l, masks, stage, cfg)
     batches = endless(minibatches, share, step, cfg.workers, ctx)
     ctx.say(f"stage {stage}: {steps} steps" + (f", resumed at {step}" if step else ""))

@@ -67,7 +67,7 @@ def _add_flag(group, field, kind, value):
     meta = field.metadata
     text = meta["help"]
     if value not in (None, ""):
-        text += f" [{show(value, kind)}]"
+        text = re.sub(r" \[.*?\]", "", text) + f" [{show(value, kind)}]"  # instead of a rule
     words = dict(help=text.replace("%", "%%"), default=argparse.SUPPRESS, dest=field.name)
     if kind is bool:
         words |= dict(action=argparse.BooleanOptionalAction)

@@ -40,10 +40,11 @@ class BaseConfig:
     data: str = option("shapes", "dataset", group="run", scoring=True)
     root: str = option("data", "folder of the data: the dataset's own or its parent", free=True,
                        scoring=True)
-    download: bool = option(False, "let torchvision download the data", free=True,
+    download: bool = option(False, "let torchvision download VOC 2012 and SBD", free=True,
                             needs=dict(data="voc"))
     labeled: str = option("all", "labelled images: a count (1464), a fraction (1/8) or all")
-    split: str = option("", "file that lists the labelled images, instead of a seeded draw")
+    split: str = option("", "file that lists the labelled images, or orders all (.pkl), instead "
+                           "of a seeded draw")
     seed: int = option(0, "seed of draw, initialisation and augmentation",
                        within=(0, 2**32 - 1))
     supervised: bool = option(False, "the baseline: labelled images only, same network, same steps")
@@ -80,8 +81,7 @@ class BaseConfig:
                             ("auto", "fp32", "bf16", "fp16"), scoring=True)
     compile: bool = option(False, "torch.compile the heavy parts of a step", free=True)
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment, per "
-                          "stream; by default 8, or the number of cores if it is smaller",
-                          within=(0, 256), free=True, scoring=True)
+                          "stream; 0: none", within=(0, 256), free=True, scoring=True)
     cache: str = option("", "folder of the images that were decoded at --size; none: decode them "
                             "anew each time [.cache, beside the run folder]", needs=dict(size=ANY),
                         free=True)

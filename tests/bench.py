@@ -1,4 +1,4 @@
-"""Benchmark of the real training commands: speed, peak memory and data wait, as the README's table.
+"""Benchmark of the real training commands: speed, peak memory and data wait.
 
     python tests/bench.py --size 320 160    cct.py, ResNet-50, 2 + 2 images of these sizes
     python tests/bench.py --script s4gan_mlmt.py --backbone resnet101 --size 321

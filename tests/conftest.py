@@ -29,7 +29,7 @@ TINY = {  # flags of a run of seconds on a folder dataset, and those that --supe
     "three_stage": ("--steps 2 --batch 4 --aspp-rates 1,2 --crop 32 --scale 0.5 0.7 --lr 0.01",
                     "--batch-l 2 --cutout 8 --ema 0.99"),
     "c3_semiseg": ("--steps 6 --batch 2 --groups 1 --long-side 48 --crop 32 --lr 0.01 --aspp-rates 1,2",
-                   "--burn-in 0.5 --views 2 --consist-ramp 0 --contrast-ramp 0"),
+                   "--burn-in 0.5 --anchors 2 --consist-ramp 0 --contrast-ramp 0"),
     "s4gan_mlmt": ("",
                    "--steps 3 --batch 2 --aspp-rates 1,2 --crop 32 --scale 0.5 0.7 --lr 0.01 --d-width 4 --gamma 0.5 --lr-d 0.003 "
                    "--mlmt-size 32 --mlmt-batch 2 --mlmt-batch-u 2 --mlmt-epochs 2"),

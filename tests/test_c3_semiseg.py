@@ -365,13 +365,13 @@ def naive_contrast(sets, groups, cfg, r):
         for b in range(len(f)):
             for c in set(range(4)) - set(cfg.skip_classes):
                 cells = (small[b].flatten() == c).nonzero().flatten()
-                if len(cells) <= cfg.views:
+                if len(cells) <= cfg.anchors:
                     continue
                 cells = cells[u[b, cells].argsort()]
                 wrong = (predicted[b].flatten()[cells] != c) & (cfg.sampling == "hard")
                 hard, easy = cells[wrong], cells[~wrong]
-                n_hard = max(min(len(hard), cfg.views // 2), cfg.views - len(easy))
-                for cell in (*hard[:n_hard], *easy[:cfg.views - n_hard]):
+                n_hard = max(min(len(hard), cfg.anchors // 2), cfg.anchors - len(easy))
+                for cell in (*hard[:n_hard], *easy[:cfg.anchors - n_hard]):
                     pair = f[b].flatten(1)[:, cell], keys[b].flatten(1)[:, cell]
                     members[b * groups // len(f)].append((*pair, c))
     losses = []
@@ -385,7 +385,7 @@ def naive_contrast(sets, groups, cfg, r):
     ({}, 2), (dict(contrast="labelled", contrast_scale=1.0), 2),
     (dict(contrast="unlabelled", sampling="random"), 2), (dict(skip_classes=(0, 2), tau=0.5), 1)])
 def test_eq5_over_the_chosen_images(values, groups):
-    cfg = config(views=4, **values)
+    cfg = config(anchors=4, **values)
     kinds = dict(labelled=image_set(0), unlabelled=image_set(10))
     chosen = [kinds[name] for name in kinds if cfg.contrast in ("both", name)]
     loss = c3.contrast(kinds, 3, groups, cfg, CTX)
@@ -401,13 +401,13 @@ def test_a_gpu_that_is_not_asked_for_the_number_of_rows_computes_the_same(monkey
     kinds = dict(labelled=image_set(0), unlabelled=image_set(10))
     f = kinds["labelled"][0]
     u = Random().uniform(2, 9 * 13)
-    for views, rows in ((25, 4 * 25), (30, 3 * 30)):  # all 4 classes; no more than 3 of 31 cells
-        cfg = config(views=views)
+    for anchors, rows in ((25, 4 * 25), (30, 3 * 30)):  # all 4 classes; no more than 3 of 31 cells
+        cfg = config(anchors=anchors)
         loss = c3.contrast(kinds, 3, 2, cfg, CTX)
         with monkeypatch.context() as patch:
             patch.setattr(torch.Tensor, "is_cuda", True)
             everything = c3.contrast(kinds, 3, 2, cfg, CTX)
-            *_, valid = c3.sample(*kinds["labelled"], u, views, groups=2)
+            *_, valid = c3.sample(*kinds["labelled"], u, anchors, groups=2)
         assert valid.shape == (2, rows) and not valid.all() and valid.any()
         torch.testing.assert_close(everything, loss)
         torch.testing.assert_close(gradient(everything, f), gradient(loss, f))
@@ -416,7 +416,7 @@ def test_a_gpu_that_is_not_asked_for_the_number_of_rows_computes_the_same(monkey
 @pytest.mark.parametrize("values", [dict(contrast="unlabelled"), dict(contrast_burn_in=False)])
 def test_no_contrast_in_the_burn_in(values):
     f, *others = image_set(0)
-    loss = c3.contrast(dict(labelled=(f, *others)), 0, 1, config(views=4, **values), CTX)
+    loss = c3.contrast(dict(labelled=(f, *others)), 0, 1, config(anchors=4, **values), CTX)
     assert loss == 0 and not gradient(loss, f).any()
 
 

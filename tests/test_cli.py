@@ -206,7 +206,7 @@ def test_presets_of_cct_are_the_papers():
     assert (camvid.size, camvid.flip, camvid.scale) == ((360, 480), False, (1.0, 1.0))
 
 
-SYMBOLS = {"w_u", "lambda_u", "lambda_con"}  # with an underscore, but no names of functions
+SYMBOLS = {"w_u", "lambda_u", "lambda_con", "lambda_adv", "g_d"}  # with an underscore, but no names of functions
 
 
 @each_script

@@ -825,7 +825,7 @@ def c3_trainer(load, nets, teachers, cfg):
         feat_size=(9, 9), rampup=4 * cfg.consist_ramp * cfg.steps,
         contrastive_rampup=4 * cfg.contrast_ramp * cfg.steps,
         cutmix_generator=load("dataloaders.transforms").BoxMaskGenerator(), unlabelled=unlabelled,
-        CTLOSS=losses.PixelContrastLoss(temperature=0.15, neg_num=cfg.views),
+        CTLOSS=losses.PixelContrastLoss(temperature=0.15, neg_num=cfg.anchors),
         loss=losses.MaskCrossEntropyLoss2d(ignore_index=255))
     trainer.student = trainer.model
     return trainer
@@ -843,7 +843,7 @@ def test_c3_steps(double, release, small, monkeypatch, tmp_path):
     Taken back: D6 (each parameter once, --backbone-lr-mult 0.1); and what is not among the deviations: their
     learning rate is that of the next step, their ramp of lambda_2 three quarters of a step ahead."""
     load = release("C3-SemiSeg")
-    cfg = config(c3, C3_FLAGS + "--crop 64 --views 4 --steps 4 --burn-in 0.5 --consist-ramp 0.4 "
+    cfg = config(c3, C3_FLAGS + "--crop 64 --anchors 4 --steps 4 --burn-in 0.5 --consist-ramp 0.4 "
                                 "--contrast-ramp 0.3 --backbone-lr-mult 0.1")
     nets, ours = c3_pair(load)
     teachers, _ = c3_pair(load)

@@ -399,10 +399,10 @@ CHANGES = {  # flags; further flags, each of which changes the weights; flags in
         "--stages 3", "--writer student", "--stages 3 --branch-stage3 ghat", "--backbone resnet50",
         "--backbone resnet50 --stride-on 3x3", ["--supervised"]),
     "c3_semiseg": (
-        "--steps 3 --burn-in 0.4 --lr 1e-3 --dcrs-beta 0 --views 2 --consist-ramp 0 --contrast-ramp 0",
+        "--steps 3 --burn-in 0.4 --lr 1e-3 --dcrs-beta 0 --anchors 2 --consist-ramp 0 --contrast-ramp 0",
         "--mix none", "--mix intra --batch 4", "--contrast labelled", "--contrast unlabelled",
         "--sampling random", "--lambda-2 9", "--teacher-aug S", "--student-aug W", "--student-aug S",
-        "--dcrs 0.3", "--dcrs-beta 0.5", "--skip-classes 0,1", "--tau 0.5", "--views 4", "--contrast-scale 1",
+        "--dcrs 0.3", "--dcrs-beta 0.5", "--skip-classes 0,1", "--tau 0.5", "--anchors 4", "--contrast-scale 1",
         "--divide-by-classes", "--keys teacher", "--ema 0.1", "--no-ema-warmup", "--burn-in 0.7",
         "--no-contrast-burn-in", "--consist-ramp 1", "--contrast-ramp 1", "--groups 2", "--aspp-rates 1,2,3",
         "--backbone-lr-mult 0.1", "--rotate 0", "--no-flip", "--scales 1 1.5 2", "--crop 40",
