@@ -469,8 +469,6 @@ def write_pseudo_masks(f, data, folder, cfg, ctx):
         return T.for_scoring(data.train.image(i), None, cfg.size)[0]
 
     paths = [mask_path(folder, data.train, i) for i in range(len(data.train))]
-    for parent in {path.parent for path in paths}:
-        parent.mkdir(parents=True, exist_ok=True)
     one_size = bool(cfg.size) or data.one_size  # then images are batched
     torch.backends.cudnn.benchmark = one_size
     with ThreadPoolExecutor(max(1, cfg.workers)) as pool:  # reads and writes

@@ -118,7 +118,7 @@ class PSP(nn.Module):
 class ASPP(nn.Module):
     """DeepLabv2's classifier: the sum of 3x3 convolutions, one per rate (= dilation = padding).
 
-    Weights N(0, 0.01), biases as PyTorch draws them: 4 * (9 * in_channels + 1) * C parameters.
+    Weights N(0, 0.01), biases as PyTorch draws them. (9 * in_channels + 1) * C parameters per rate.
     """
 
     def __init__(self, in_channels, num_classes, rates=(6, 12, 18, 24)):

@@ -1,8 +1,8 @@
 """Images and masks of one size, decoded and resized once, and kept as arrays beside the runs.
 
 An array has a file of its own, which is there whole or not at all: several runs can fill and use
-one folder, and a kill loses nothing. Its modification time is set to that of the image, so that an
-image that was replaced is decoded again.
+one folder, and a kill loses nothing. Its modification time is set to that of the image or mask, so
+that one that was replaced is decoded again.
 """
 import dataclasses
 import os
@@ -43,7 +43,7 @@ class Cached(Split):
         path = self.folder / name
         try:
             age = os.stat(source).st_mtime_ns
-            if path.stat().st_mtime_ns in (age, age // 10**9 * 10**9):  # some keep whole seconds
+            if path.stat().st_mtime_ns in (age, age // 10**9 * 10**9):  # some disks: whole seconds
                 return np.load(path, mmap_mode="c")
         except (FileNotFoundError, EOFError, ValueError):
             pass  # not there, or cut short; if it is the source that is missing, decode says so

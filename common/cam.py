@@ -1,5 +1,5 @@
 """Class activation maps (Zhou et al. 2016) of a classifier trained on image-level tags, and
-pseudo-labels from them, as in Sec. 3.3 of CCT (used by cct.py alone, and made to be copied)."""
+pseudo-labels from them, as in Sec. 3.3 of CCT. Only cct.py uses it."""
 import math
 import shutil
 from functools import partial
@@ -146,9 +146,7 @@ def write_pseudo_label(i, net, pseudo, tags, objects, palette, cfg, ctx):
         image, _ = T.resize(image, None, cfg.size)
     elif max(size) > 1024:
         image, _ = T.resize_long_side(image, None, 1024)
-    held = tags.mask(i)
-    present = [k for k, c in enumerate(objects) if held[c]]
-    present = torch.tensor(present, dtype=torch.long, device=ctx.device)
+    present = torch.from_numpy(tags.mask(i)[objects]).nonzero()[:, 0].to(ctx.device)
     x = to_device(image[None], ctx.device)
     with ctx.autocast():
         maps = activation_maps(net, x, present)

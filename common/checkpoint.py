@@ -12,6 +12,7 @@ import torch
 
 from common.command_line import check_needs, released_settings
 from common.datasets import open_dataset
+from common.domains import saved_domains
 from common.files import replacing
 from common.settings import UserError, flag, from_saved, kinds_of, show
 
@@ -22,7 +23,7 @@ def save(path, state):
     Raises UserError when it cannot be written, as on a full disk; the old file is kept then.
     """
     buffer = io.BytesIO()
-    torch.save(state, buffer)  # into a file, its errors would hide those of the disk
+    torch.save(state, buffer)  # into a file, it would hide the disk's error
     with replacing(path, "wb") as file:
         file.write(buffer.getbuffer())
         file.flush()
@@ -83,10 +84,7 @@ def open_checkpoint(script, path, cfg, given, ctx, tables, released):
                         f"own settings")
     try:
         config = from_saved(config_class, state["config"], given)
-        domains = state["domains"]
-        domains = [one for one in domains if one["name"] == given.get("data")] or domains
-        each = [from_saved(config_class, state["config"] | one.get("own", {}), given)
-                for one in domains]
+        each = [one for _, _, one in saved_domains(state, config_class, given, path)]
         state |= state["domains"][0]  # the dataset of all scripts but cct.py, which takes several
         state["step"], state["palette"].tolist(), len(state["classes"])  # an error if missing
     except (LookupError, TypeError, AttributeError) as error:

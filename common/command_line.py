@@ -80,9 +80,6 @@ def _add_flag(group, field, kind, value):
         number, *others = typing.get_args(kind)
         words |= dict(type=_number(number, meta["within"]), nargs=1 + len(others))
         words |= dict(metavar=number.__name__.upper())
-    elif kind is str and len(meta["choices"] or ()) > 6:  # too many to stand beside the flag
-        words["help"] += ": " + ", ".join(meta["choices"])
-        words |= dict(choices=meta["choices"], metavar="NAME")
     elif kind is str:
         words |= dict(choices=meta["choices"], metavar=None if meta["choices"] else "TEXT")
     else:

@@ -1,4 +1,5 @@
-"""Several datasets in one training, `--data a+b`: each is a domain with settings of its own."""
+"""Several datasets in one training, `--data a+b` of cct.py: each is a domain with settings of its
+own. A checkpoint of the other scripts has one domain."""
 import dataclasses
 
 from common.datasets import check_classes, choose_labelled, open_dataset
@@ -42,7 +43,7 @@ def one_each(name, text, count):
 
 
 def settings_of_domains(cfg, given, presets, own):
-    """{name: settings} of the domains of cfg.data; a second `folder` is named folder_2.
+    """{name: settings} of the domains of cfg.data; folder+folder gives folder and folder_2.
 
     own: fields that every domain takes from its own dataset's preset, unless a flag sets them.
     """

@@ -41,7 +41,7 @@ class Examples:
         for image, truth, predicted in zip(x, y, prediction):
             if self.seen % self.every == 0 and len(self.rows) < 6:
                 image = (255 * denormalise(image)).round().clamp(0, 255).permute(1, 2, 0)
-                self.rows.append([x.byte().cpu().numpy() for x in (image, truth, predicted)])
+                self.rows.append([part.byte().cpu().numpy() for part in (image, truth, predicted)])
             self.seen += 1
 
 
@@ -63,7 +63,7 @@ def predict_folder(network, cfg, palette, ctx):
     palette: uint8 tensor [C, 3].
     cfg.scoring_size: (H, W) to which images are resized; None: they keep their own.
     cfg.format: what is written, see `targets_of` and `save_prediction`.
-    An image that cannot be read does not keep it from the others; UserError names them at the end.
+    If an image cannot be read, the others are predicted; a UserError at the end names it.
     """
     palette = palette.cpu().numpy()
     out = Path(cfg.out or Path(cfg.predict).parent / "predictions")
@@ -77,7 +77,6 @@ def predict_folder(network, cfg, palette, ctx):
     for count, i in enumerate(mine, 1):
         try:
             image = read_image(paths[i], upright=True)
-            make_folder(targets[paths[i]].parent)
             x, _ = for_scoring(image, None, cfg.scoring_size)
             x = to_device(x[None], ctx.device)
             if cfg.format == "smoothness":

@@ -74,7 +74,7 @@ class Log:
     def flush(self):
         """Print a line and write a row for the steps since the last row; nothing if there are none.
 
-        To be called before an evaluation, and before a checkpoint is saved. Raises UserError, on
+        Called by `evaluated`, and before a checkpoint is written. Raises UserError, on
         all processes, naming the first step with terms that are not finite, and those terms.
         """
         if not self._kept:

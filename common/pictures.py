@@ -1,10 +1,11 @@
 """Pictures by Pillow alone: palette PNGs of label maps, panels of examples, plots of curves."""
 import math
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from common.files import replacing
+from common.files import make_folder, replacing
 from common.transforms import IGNORE
 
 VOID = (224, 224, 192)  # the colour of 255, as in VOC's own masks
@@ -16,7 +17,9 @@ GAP = 12
 
 
 def save_picture(picture, path):
-    """Write a PNG so that `path` is always a whole file. Raises UserError if that fails."""
+    """Write a PNG, and its folder if there is none, so that `path` is always a whole file. Raises
+    UserError if that fails."""
+    make_folder(Path(path).parent)
     with replacing(path, "wb") as file:
         picture.save(file, format="PNG")
 

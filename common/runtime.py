@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common.random import Random
 from common.settings import UserError, say
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Runtime:
@@ -57,7 +57,6 @@ class Runtime:
         if precision == "fp16" and not cuda:
             raise UserError("--precision fp16 needs a CUDA device; on the CPU use fp32 or bf16")
         self.precision = precision
-        self.dtype = DTYPES[precision]
 
     def __str__(self):
         cuda = self.device.type == "cuda"
@@ -75,9 +74,9 @@ class Runtime:
 
     def autocast(self):
         """Context in which networks compute in the run's precision."""
-        if self.dtype == torch.float32:
+        if self.precision == "fp32":
             return nullcontext()
-        return torch.autocast(self.device.type, self.dtype)
+        return torch.autocast(self.device.type, DTYPES[self.precision])
 
     def place(self, module):
         """To the device, in channels_last order; of several processes, every BatchNorm2d becomes a

@@ -9,9 +9,9 @@ import torch
 from common.pictures import line_plot
 
 
-def poly(step, steps, power=0.9):
-    """Factor (1 - step/steps)^power of the poly policy; 1 at step 0, 0 at the last."""
-    return (1 - step / steps) ** power
+def poly(step, steps):
+    """Factor (1 - step/steps)^0.9 of the poly policy; 1 at step 0, 0 at the last."""
+    return (1 - step / steps) ** 0.9
 
 
 def set_lr(optimizer, lr):

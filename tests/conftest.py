@@ -16,6 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from common.command_line import parse  # noqa: E402
 from common.runtime import Runtime  # noqa: E402
 from common.settings import UserError  # noqa: E402
 from common.streams import to_device  # noqa: E402
@@ -90,6 +91,13 @@ def scaled(monkeypatch):
     def new_scaler(ctx):
         ctx.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     monkeypatch.setattr(Runtime, "new_scaler", new_scaler)
+
+
+def settled(script, flags):
+    """The settings of a command line"""
+    cfg, given = parse(script.Config, script.PRESETS, flags.split())
+    script.settle(cfg, given)
+    return cfg
 
 
 def run_here(script, *arguments):

@@ -5,13 +5,12 @@ from collections import namedtuple
 
 import numpy as np
 import pytest
-from conftest import last, run_here, same_state
+from conftest import CTX, last, run_here, same_state
 from PIL import Image
 
 from common import cache
 from common import transforms as T
 from common.datasets import open_dataset
-from common.runtime import Runtime
 from common.settings import BaseConfig, UserError
 
 
@@ -23,7 +22,7 @@ def data(folder_data, tmp_path):
 
 def keep(data, tmp_path, **values):
     cfg = BaseConfig(size=(40, 56), eval_size="train", out=str(tmp_path / "runs/a"), **values)
-    return cache.cached(data, (40, 56), cfg, Runtime("cpu"))
+    return cache.cached(data, (40, 56), cfg, CTX)
 
 
 def assert_same_pixels(kept, split, with_masks):
@@ -73,7 +72,7 @@ def test_a_replaced_image_is_read_again(data, tmp_path):
 def test_other_sizes_roots_and_sizes_of_scoring_are_kept_apart(data, folder_data, tmp_path):
     train = keep(data, tmp_path).train.folder
     other = keep(open_dataset("folder", str(folder_data)), tmp_path).train.folder
-    larger = cache.cached(data, (48, 56), BaseConfig(size=(48, 56), out=str(tmp_path / "runs/b")), Runtime("cpu"))
+    larger = cache.cached(data, (48, 56), BaseConfig(size=(48, 56), out=str(tmp_path / "runs/b")), CTX)
     assert len({train, other, larger.train.folder}) == 3
     assert larger.val is data.val  # scored at the original size
 

@@ -12,7 +12,7 @@ from common.datasets.cityscapes import PALETTE as CITY_PALETTE
 from common.datasets.voc import voc_palette
 from common.inference import predict_folder
 from common.settings import UserError
-from conftest import error_of, run_here, run_script
+from conftest import CTX, error_of, run_here, run_script
 from fixtures import CITY_IDS, save_picture
 
 PALETTES = {"palette": np.arange(12, dtype=np.uint8).reshape(4, 3), "voc": voc_palette()[:21],
@@ -34,9 +34,8 @@ def picture(path, classes=4, size=(20, 30), seed=0):
 
 def predict(images, out, form="palette"):
     cfg = SimpleNamespace(images=str(images), out=str(out), format=form, scoring_size=None)
-    ctx = SimpleNamespace(rank=0, world=1, main=True, device=torch.device("cpu"), sum=lambda x: x, say=print)
     palette = torch.from_numpy(PALETTES[form])
-    predict_folder(lambda x: network(x)[:, :len(palette)], cfg, palette, ctx)
+    predict_folder(lambda x: network(x)[:, :len(palette)], cfg, palette, CTX)
 
 
 def files(folder):

@@ -3,17 +3,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ids
 from PIL import Image
 
 from common import randaugment
 from common.randaugment import GEOMETRIC, PHOTOMETRIC, draw_operations, source_map, strong, warp
 
 C = 5  # classes
-
-
-def pixels(seed, *shape, low=0, high=256):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(low, high, shape, dtype=torch.uint8, generator=generator)
 
 
 @pytest.mark.parametrize("name", GEOMETRIC)
@@ -48,7 +44,7 @@ def test_image_and_mask_move_together_to_the_pixel(monkeypatch):
     single = [[(name, level, sign)] for name in GEOMETRIC for level in (1, 5, 9) for sign in (1, -1)]
     rng = np.random.default_rng(0)
     triple = [[(list(GEOMETRIC)[k], level, 1) for k, level in rng.integers(1, 5, (3, 2))] for _ in range(20)]
-    mask = pixels(0, 37, 50, high=C)
+    mask = ids(0, 37, 50, high=C).byte()
     image, palette = painted(mask)
     soft_mask = F.one_hot(mask.long(), C).permute(2, 0, 1).float()
     for operations in single + triple:
@@ -64,7 +60,7 @@ def test_image_and_mask_move_together_to_the_pixel(monkeypatch):
 
 
 def test_operations_follow_each_other_as_drawn_and_see_grey_corners(monkeypatch):
-    image = pixels(1, 3, 30, 41, low=60, high=100)
+    image = (60 + ids(1, 3, 30, 41, high=40)).byte()
     forced(monkeypatch, ("rotate", 9, 1), ("auto_contrast", 1, 1), ("shear_x", 8, -1))
     x, index = strong(image, np.random.default_rng(0), cutouts=0)
     rotated = warp(image, source_map("rotate", 27, 30, 41), 127)
@@ -74,7 +70,7 @@ def test_operations_follow_each_other_as_drawn_and_see_grey_corners(monkeypatch)
 
 @pytest.mark.parametrize("name", PHOTOMETRIC)
 def test_photometric_operations_and_cutouts_do_not_move_pixels(monkeypatch, name):
-    image = pixels(0, 3, 40, 50, low=90, high=200)
+    image = (90 + ids(0, 3, 40, 50, high=110)).byte()
     forced(monkeypatch, (name, 9, 1))
     for cutouts in (0, 3):
         x, index = strong(image, np.random.default_rng(0), 10, cutouts)
@@ -94,7 +90,7 @@ def test_levels():
         assert torch.equal(PHOTOMETRIC["posterize"](ramp, level), ramp // step * step)
         bright = (factors[level - 1] * ramp).clamp(max=255)
         assert (PHOTOMETRIC["brightness"](ramp, level) - bright).abs().max() <= 1
-    colours = pixels(1, 3, 9, 9)
+    colours = ids(1, 3, 9, 9, high=256).byte()
     for name in ("color", "contrast", "brightness", "sharpness"):
         assert torch.equal(PHOTOMETRIC[name](colours, 5), colours)
         assert not torch.equal(PHOTOMETRIC[name](colours, 1), colours)

@@ -12,7 +12,6 @@ import contextlib
 import importlib
 import importlib.abc
 import importlib.util
-import inspect
 import itertools
 import json
 import math
@@ -28,6 +27,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from conftest import CTX
+from conftest import settled as config
 from PIL import Image
 from scipy import ndimage
 from torch import nn
@@ -42,7 +43,6 @@ from common import randaugment
 from common import transforms as T
 from common.backbones import PSP
 from common.checkpoint import load_network
-from common.command_line import parse
 from common.miou import ConfusionMatrix
 from common.regions import find_blobs
 from common.runtime import Runtime
@@ -67,7 +67,6 @@ EDITS = {  # file: (text, what it becomes); a text "" is the end of the file
 pytestmark = pytest.mark.filterwarnings("ignore")  # of what is deprecated in theirs
 LAYERS = [1, 1, 2, 1]  # bottlenecks of the ResNets, theirs and ours
 SIZE = 32  # of the images in most training steps
-CTX = Runtime("cpu", "fp32")
 SCRIPTS = ("cct", "three_stage", "c3_semiseg", "s4gan", "mlmt")
 TABLE = {}  # (script, what was compared): largest difference
 
@@ -241,17 +240,6 @@ def pretrained(*nets):
         nn.init.kaiming_normal_(p)
 
 
-def config(script, flags):
-    cfg, given = parse(script.Config, script.PRESETS, flags.split())
-    script.settle(cfg, given)
-    return cfg
-
-
-def call(function, **values):
-    """With those of the values that it has a name for"""
-    return function(**{name: values[name] for name in inspect.signature(function).parameters})
-
-
 def books(tmp_path):
     """A run folder that keeps nothing"""
     folder = MagicMock(first_step=0, path=tmp_path)
@@ -408,8 +396,8 @@ def test_s4gan_steps(double, s4gan, monkeypatch, tmp_path):
             load_weights=nothing, evaluate=lambda *_: (MagicMock(), ()), streams=lambda *_: feeds)
     folder = books(tmp_path)
     with recorded(monkeypatch, dict(S=s4gan.S.net, D=s4gan.D), 2) as ours:
-        call(s4.train_s4gan, data=SimpleNamespace(classes=range(5)), labelled=[], unlabelled=[],
-             folder=folder, cfg=cfg, ctx=CTX)
+        s4.train_s4gan(data=SimpleNamespace(classes=range(5)), labelled=[], unlabelled=[],
+                       folder=folder, cfg=cfg, ctx=CTX)
     passed = [step.kwargs["passed"].item() for step in folder.log.add.call_args_list]
     assert passed[0] == 0 < sum(passed) < cfg.steps - 1, "self-training of some images, not in the first step"
     agree_steps("s4gan", ours, released, S4_NAMES, start, UNUSED)
@@ -521,8 +509,8 @@ def test_mlmt_steps(double, release, small, monkeypatch, tmp_path):
     replace(monkeypatch, s4, endless=lambda *_: next(feeds), Classifier=lambda *_: ours, load_weights=nothing,
             roc_picture=nothing, evaluate_classifier=lambda *_: (0, 0, ((), ())), strong_view=lambda x, *_: x)
     with recorded(monkeypatch, dict(S=ours)) as mine:
-        teacher, *_ = call(s4.train_mlmt, data=SimpleNamespace(classes=range(5), train=[]), tagged=None,
-                           labelled=range(4), unlabelled=[], folder=books(tmp_path), cfg=cfg, ctx=CTX)
+        teacher, *_ = s4.train_mlmt(data=SimpleNamespace(classes=range(5), train=[]), tagged=None,
+                                    labelled=range(4), unlabelled=[], folder=books(tmp_path), cfg=cfg, ctx=CTX)
     agree_steps("mlmt", mine, released, MT_NAMES, start, limit=1e-7)
     ours = renamed(joined(dict(S=teacher)), {"": ""})
     agree("mlmt", "steps: way of the teacher", differ(
@@ -656,8 +644,8 @@ def test_three_stage_steps(double, release, small, monkeypatch, tmp_path, stage)
             evaluate=lambda *_: (MagicMock(), {}, ()), endless=lambda *_: iter(batches),
             make_teacher=lambda net: teachers.append(make_teacher(net)) or teachers[0])
     with recorded(monkeypatch, dict(n=ours)) as mine:
-        call(ts.train_stage, stage=stage, lengths=[steps] * 3, data=SimpleNamespace(classes=range(5)),
-             labelled=[], folder=books(tmp_path), cfg=cfg, ctx=CTX)
+        ts.train_stage(stage=stage, lengths=[steps] * 3, data=SimpleNamespace(classes=range(5)),
+                       labelled=[], folder=books(tmp_path), cfg=cfg, ctx=CTX)
     released = released[0], [[five(part) for part in step] for step in released[1]]
     agree_steps("three_stage", mine, released, TS_NAMES, start, UNUSED)
     if stage > 1:
@@ -964,18 +952,18 @@ KINDS = {"i_vat": "vat", "dropout": "drop", "g_cutout": "cutout", "con_msk": "co
 
 
 def small_cct(load):
-    """Its ResNet is small"""
+    """Its ResNet is small -> its settings"""
     resnets = load("models.backbones.resnet_models")
     load("models.backbones.resnet_backbone").deepbase_resnet50 = lambda pretrained: resnets.ResNet(
         resnets.Bottleneck, LAYERS, deep_base=True, norm_type="batchnorm")
+    return json.loads(Path(load("models").__file__).parents[1].joinpath("configs/config.json").read_text())
 
 
 def cct_pair(load):
     """Their settings and network, one decoder of each kind, and our parts with its weights"""
-    conf = json.loads(Path(load("models").__file__).parents[1].joinpath("configs/config.json").read_text())
+    conf = small_cct(load)
     assert [conf["model"][kind] for kind in KINDS.values()] == [cct.PERTURBATIONS[kind] for kind in KINDS]
     conf["model"] |= dict.fromkeys(KINDS.values(), 1)
-    small_cct(load)
     losses = load("utils.losses")
     weight = losses.consistency_weight(conf["unsupervised_w"], iters_per_epoch=3, rampup_ends=2)
     theirs = load("models.model").CCT(5, conf["model"], losses.CE_loss, weight, 255, pretrained=False)
@@ -1098,7 +1086,7 @@ def test_cct_losses(double, release):
 def test_cct_schedules_and_evaluation(double, release, small):
     """Learning rates, w_u and w_w of 1000 steps, mIoU: rounding of float64"""
     load = release("CCT")
-    conf, *_ = cct_pair(load)
+    conf = small_cct(load)
     cfg = config(cct, "--data voc --steps 1000 --weights imagenet")
     sgd = conf["optimizer"]["args"]
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], **sgd)
@@ -1142,37 +1130,35 @@ def test_cct_images(release, monkeypatch):
 
 # ---------------------------------------------------------------------- files
 
-def saved_by(trainer, net, best=np.float64(0.613)):
+def saved_by(trainer, net):
     """best_model.pth, written by their BaseTrainer"""
     trainer = object.__new__(trainer)
     vars(trainer).update(model=nn.DataParallel(net), optimizer=torch.optim.Adam(net.parameters()),
-                         mnt_best=best, config=dict(arch=dict(args=dict(freeze_bn=True))),
+                         mnt_best=np.float64(0.613), config=dict(arch=dict(args=dict(freeze_bn=True))),
                          checkpoint_dir=".", logger=MagicMock())
     trainer._save_checkpoint(5, save_best=True)
     return "best_model.pth"
 
 
-def agree_opened(monkeypatch, script, path, logits, flags="", name=None):
-    """--evaluate opens their file on four classes, and its network gives their logits, {image: logits}"""
+def agree_opened(monkeypatch, script, path, x, theirs, flags="", name=None):
+    """--evaluate opens their file on four classes, and its network gives their logits of the images x"""
     nets = []
     monkeypatch.setattr(torchvision.models, "resnet101", torchvision.models.resnet50)
     monkeypatch.setattr(script, "load_network", lambda *a: nets.append(load_network(*a)) or nets[0])
     fixtures.make_folder("data/folder")
     flags = f"--data folder --root data/folder --device cpu --workers 0 {flags}"
     script.main(["--evaluate", path, *flags.split()])
-    for x, theirs in logits.items():
-        agree(name or script.__name__, "files: logits", differ(nets[0].eval()(x), theirs), 1e-5)
+    agree(name or script.__name__, "files: logits", differ(nets[0].eval()(x), theirs), 1e-5)
 
 
 def test_cct_file(release, small, monkeypatch):
     """best_model.pth, of the network with the deep stem: rounding of float32"""
     load = release("CCT")
-    conf = json.loads(Path(load("models").__file__).parents[1].joinpath("configs/config.json").read_text())
-    small_cct(load)
+    conf = small_cct(load)
     theirs = load("models.model").CCT(4, conf["model"], nothing, nothing, 255, pretrained=False).eval()
     path = saved_by(load("base.base_trainer").BaseTrainer, theirs)
     x = images(2, 64)
-    agree_opened(monkeypatch, cct, path, {x: theirs.main_decoder(theirs.encoder(x))})
+    agree_opened(monkeypatch, cct, path, x, theirs.main_decoder(theirs.encoder(x)))
 
 
 def test_s4gan_files(release, small, monkeypatch):
@@ -1185,12 +1171,12 @@ def test_s4gan_files(release, small, monkeypatch):
     mean = torch.tensor((104.00698793, 116.66876762, 122.67891434))[[2, 1, 0], None, None]
     logits = F.interpolate(theirs.eval()(x - mean), (128, 128), mode="bilinear", align_corners=True)
     x = T.normalise(x / 255)
-    agree_opened(monkeypatch, s4, "VOC_30000.pth", {x: logits}, "--input-scale caffe", "s4gan")
+    agree_opened(monkeypatch, s4, "VOC_30000.pth", x, logits, "--input-scale caffe", "s4gan")
     theirs = small()
     theirs.fc = nn.Linear(2048, 4)
     torch.save(nn.DataParallel(theirs).state_dict(), "classifier.pth")
     x = images(2, 64)
-    agree_opened(monkeypatch, s4, "classifier.pth", {x: theirs.eval()(x)}, name="mlmt")
+    agree_opened(monkeypatch, s4, "classifier.pth", x, theirs.eval()(x), name="mlmt")
 
 
 @pytest.mark.parametrize("branch", [0, 1, 2])
@@ -1202,7 +1188,7 @@ def test_three_stage_file(release, small, monkeypatch, branch):
     torch.save(theirs.state_dict(), "model_best.pth")
     x = images(1, 128)
     logits = theirs.eval()(x)
-    agree_opened(monkeypatch, ts, "model_best.pth", {x: logits[0] if branch else logits})
+    agree_opened(monkeypatch, ts, "model_best.pth", x, logits[0] if branch else logits)
 
 
 def test_c3_file(release, small, monkeypatch):
@@ -1211,4 +1197,4 @@ def test_c3_file(release, small, monkeypatch):
     theirs = small_c3(load).DeepLabV2(4, pretrained=False).eval()
     pretrained(theirs)
     x = images(1, 128)
-    agree_opened(monkeypatch, c3, saved_by(load("base.base_trainer").BaseTrainer, theirs), {x: theirs(x)})
+    agree_opened(monkeypatch, c3, saved_by(load("base.base_trainer").BaseTrainer, theirs), x, theirs(x))

@@ -47,6 +47,18 @@ def network(name, cfg, classes):
     return script.Segmenter(cfg, classes)
 
 
+def renamed(state, names):
+    """A state dict with their names: of the patterns in `names` the first that fits is replaced"""
+    theirs = {}
+    for name, tensor in state.items():
+        for pattern, new in names.items():
+            name, count = re.subn(pattern, new, name)
+            if count:
+                break
+        theirs[f"module.{name}"] = tensor
+    return theirs
+
+
 @pytest.fixture
 def made(folder_data, tmp_path):
     """made(name of a test) -> (our network, file of the authors' code with its weights, its script, flags)"""
@@ -58,13 +70,7 @@ def made(folder_data, tmp_path):
         net = network(name, cfg, len(open_dataset("folder", folder_data).classes)).eval()
         for n, tensor in net.state_dict().items():
             torch.nn.init.uniform_(tensor, 0.5, 1) if "running" in n else None
-        weights = dict.fromkeys([f"module.{n}" for n in more], torch.zeros(1))
-        for n, tensor in net.state_dict().items():
-            for ours, theirs in names.items():
-                n, count = re.subn(ours, theirs, n)
-                if count:
-                    break
-            weights[f"module.{n}"] = tensor
+        weights = dict.fromkeys([f"module.{n}" for n in more], torch.zeros(1)) | renamed(net.state_dict(), names)
         path = tmp_path / f"{name}.pth"
         torch.save(state | dict(state_dict=weights) if state else weights, path)
         flags = ["--data", "folder", "--root", folder_data, "--device", "cpu", "--workers", 0]
@@ -113,31 +119,18 @@ def test_released_files_that_do_not_fit_are_told(made, name):
             run_here(script, "--evaluate", path, *flags)
 
 
-def deep_file(path):
-    """A file as torchcv's 3x3resnet50-imagenet.pth, of a smaller network"""
-    theirs = {"fc.weight": torch.zeros(1000, 512)}
-    for name, tensor in ResNet("resnet18", stem="deep").state_dict().items():
-        for part, ours in DEEP_STEM.items():
-            if re.match(rf"{ours}\.(?=[wbrn])", name):
-                name = part + name.removeprefix(ours)
-                break
-        theirs[f"module.{name}"] = tensor
-    assert "module.conv3.weight" in theirs
-    torch.save(theirs, path)
-
-
 def test_deep_stem():
-    """112,832 parameters, in ResNet-50 23,631,808 (specs); three convolutions, then as torchvision's"""
+    """23,631,808 parameters in ResNet-50; three convolutions, then as torchvision's"""
     with torch.device("meta"):
         net = ResNet("resnet50", stem="deep")
     assert sum(p.numel() for p in net.parameters()) == 23_631_808
-    stem = [*net.conv1.parameters(), *net.bn1.parameters()]
-    assert sum(p.numel() for p in stem) == 112_832
     assert ResNet("resnet18", 3, stem="deep")(torch.randn(1, 3, 40, 48)).shape == (1, 256, 5, 6)
 
 
 def test_cct_takes_the_stem_of_its_weights_and_keeps_it(bare, tmp_path, capsys):
-    deep_file(tmp_path / "deep.pth")
+    names = {rf"^{ours}\.(?=[wbrn])": f"{theirs}." for theirs, ours in DEEP_STEM.items()}
+    deep = renamed(ResNet("resnet18", stem="deep").state_dict(), names)  # as torchcv's 3x3resnet50-imagenet.pth
+    torch.save(deep | {"module.fc.weight": torch.zeros(1000, 512)}, tmp_path / "deep.pth")
     flags = [*bare["cct"], "--out", tmp_path / "run", "--weights", tmp_path / "deep.pth",
              "--backbone-layers", 4, "--steps", 1, "--supervised"]
     run_here("cct", *flags)

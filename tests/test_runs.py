@@ -3,7 +3,6 @@ import contextlib
 import errno
 import fcntl
 import importlib
-import json
 import math
 import multiprocessing
 import os
@@ -46,9 +45,6 @@ def test_run_folder_and_output(whole, script):
     final = output.strip().splitlines()[-1]
     assert final.startswith("final: mIoU ") and final.endswith(str(folder))
     assert "tall tree" in output and "pixel accuracy" in output  # the per-class table
-    assert json.loads((folder / "config.json").read_text())["labeled"] == "5"
-    assert min(Image.open(folder / "predictions.png").size) > 200
-    assert min(Image.open(folder / "curves.png").size) > 200
     assert steps_done(folder) == STEPS[script]
 
 
@@ -209,7 +205,7 @@ def test_a_scored_mask_of_another_size_is_told_before_training(tmp_path, tiny):
     root = fixtures.make_folder(tmp_path / "data")
     path = next((root / "masks/val").rglob("*.png"))
     Image.new("L", (6, 5)).save(path)
-    with pytest.raises(UserError, match=f"{path.name}: the mask has .*5, 6.*its image .*one size"):
+    with pytest.raises(UserError, match=f"^{path}: the mask has .*5, 6.*its image .*one size"):
         run_here("cct", *tiny["cct"], "--root", root, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -226,7 +222,7 @@ def test_split_list_that_has_changed_is_told(bare, tmp_path, script):
         run([1, 2, 3, 4, 5, 0, 6, 7, 8])
 
 
-def test_other_images_or_classes_in_the_same_folder_are_told(tiny, tmp_path):
+def test_other_images_or_classes_or_a_damaged_checkpoint_are_told(tiny, tmp_path):
     """--root may change, as data move; but these are others."""
     def run(root):
         run_here("cct", *tiny["cct"], "--steps", 1, "--root", root, "--out", tmp_path / "run")
@@ -238,6 +234,9 @@ def test_other_images_or_classes_in_the_same_folder_are_told(tiny, tmp_path):
         run(root)
     fixtures.save_lines(root / "classes.txt", (root / "classes.txt").read_text().splitlines()[::-1])
     with pytest.raises(UserError, match="was trained on 4 classes"):
+        run(root)
+    (tmp_path / "run/last.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="last.pt is not a checkpoint"):
         run(root)
 
 
@@ -273,16 +272,6 @@ def test_a_folder_belongs_to_one_run_at_a_time(tiny, tmp_path):
             run_here("cct", *tiny["cct"], "--steps", 4000, "--out", folder)
     finally:
         end(process, signal.SIGKILL)
-
-
-def test_a_damaged_config_or_checkpoint_is_told(whole, tiny, tmp_path):
-    for name, content, said in (("config.json", b"{", "config.json is damaged"),
-                                ("last.pt", b"nothing", "last.pt is not a checkpoint")):
-        folder = tmp_path / name
-        run_here("cct", *tiny["cct"], "--steps", 1, "--out", folder)
-        (folder / name).write_bytes(content)
-        with pytest.raises(UserError, match=said):
-            run_here("cct", *tiny["cct"], "--steps", 1, "--out", folder)
 
 
 def test_a_checkpoint_is_scored_in_its_own_precision(whole, tmp_path):

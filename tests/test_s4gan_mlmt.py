@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CTX, batch_of, column, count, last, normal, run_here, same_state
+from conftest import CTX, batch_of, column, count, last, normal, run_here, same_state, settled
 from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as tvf
@@ -20,7 +20,6 @@ import fixtures
 import s4gan_mlmt as s4
 from common import checkpoint
 from common import transforms as T
-from common.command_line import parse
 from common.datasets import choose_labelled, open_dataset
 from common.miou import ConfusionMatrix
 from common.photometry import gaussian_blur, turn_hue
@@ -30,12 +29,7 @@ from common.settings import UserError
 from common.streams import Stream
 
 C = 4
-
-
-def config(flags):
-    cfg, given = parse(s4.Config, s4.PRESETS, flags.split())
-    s4.settle(cfg, given)
-    return cfg
+config = partial(settled, s4)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +261,7 @@ def test_augment_scales_in_tenths_crops_and_pads():
 
 
 def test_two_views():
-    cfg = config("--mlmt-size 32 --mlmt-blur 0.5 1")
+    cfg = config("--mlmt-size 32")
     image = np.random.default_rng(0).integers(0, 256, (40, 50, 3)).astype(np.uint8)
     tags = np.array([False, False, True, False])
     plain, _ = T.resize(torch.from_numpy(image).permute(2, 0, 1), None, (32, 32))

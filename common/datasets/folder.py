@@ -49,7 +49,7 @@ def _read_classes(path):
     """-> (names, uint8 [C, 3]); a class without a colour gets VOC's colour of its number."""
     names = []
     colours = voc_palette()
-    for line in read_lines(path):
+    for line in read_lines(path)[:INVALID + 1]:  # one more than are allowed
         words = line.split()
         if len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:]):
             colours[len(names)] = [int(word) for word in words[-3:]]

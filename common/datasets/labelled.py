@@ -72,12 +72,13 @@ def read_list(path, data):
     """
     own = set(data.train.keys)
     scored = set(data.val.keys)
+    known = own | scored
     keys, strange = [], []
     for number, line in numbered_lines(path):
         separator = r"[\t,]" if re.search(r"[\t,]", line) else r"\s"
         columns = [line] if line in own else re.split(separator, line.replace("\\", "/"))
         first = next((column.strip() for column in columns if column.strip()), "")
-        key = find_key(first, data.key_pattern, own | scored)
+        key = find_key(first, data.key_pattern, known)
         keys.append(key)
         if key is None:
             strange.append(f"line {number}: {line}")

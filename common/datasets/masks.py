@@ -88,7 +88,8 @@ class Split:
         for image, path in zip(self.images, self.masks):
             if not path.endswith(".mat"):  # whose header does not tell
                 with _opened(path, "a mask") as picture:
-                    _compare_size(path, picture.size[::-1], image)
+                    size = picture.size[::-1]
+                _compare_size(path, size, image)
 
 
 @dataclass
@@ -101,7 +102,7 @@ class SegmentationData:
     scored_on: str                      # its name: "val" or "test"
     notes: tuple[str, ...] = ()         # facts that a run prints once
     layout: str = ""                    # the files that are expected, and where they are from
-    key_pattern: str = ""               # a key in a path; its groups, if any, make up the key
+    key_pattern: str = ""               # regex of a key in a path; groups, if any, make it up
     published: dict = field(default_factory=dict)  # {split: (number of images, fingerprint)}
     voc_train: frozenset = frozenset()  # voc: the keys of its own list train.txt
     one_size: bool = False              # have all scored images one size?

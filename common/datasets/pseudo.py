@@ -47,8 +47,6 @@ class PseudoLabelled:
         """Call make(i), which writes path(i), for each of `indices` whose file is missing. The
         images are divided among the processes, and in each among `workers` threads."""
         missing = [i for i in indices[ctx.rank::ctx.world] if not self.path(i).exists()]
-        for parent in {self.path(i).parent for i in missing}:
-            parent.mkdir(parents=True, exist_ok=True)
         torch.backends.cudnn.benchmark = False  # images have many sizes
         with ThreadPoolExecutor(max(1, workers)) as pool:
             for first in range(0, len(missing), 100):
