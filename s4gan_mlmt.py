@@ -164,8 +164,8 @@ class Config(BaseConfig):
                                          within=(1, 1000), needs=A | dict(network="deeplabv2"))
     stride_on: str = option("1x1", "convolution that has a bottleneck's stride (D3)",
                             ("1x1", "3x3"), needs=A | dict(network="deeplabv2"))
-    input_scale: str = option("imagenet", "input of S: caffe 0..255, bgr 0..1 (D3)", tuple(INPUT_SCALES),
-                              needs=A | dict(network="deeplabv2"))
+    input_scale: str = option("imagenet", "input of S: caffe 0..255, bgr 0..1 (D3)",
+                              tuple(INPUT_SCALES), needs=A | dict(network="deeplabv2"))
     optimizer: str = option("sgd", "sgd (momentum 0.9) or adam, for S", ("sgd", "adam"), needs=A)
     lr: float = option(2.5e-4, "learning rate of S (Sec. 4.1.3)", within=(0, 1000), needs=A)
     backbone_lr_mult: float = option(1.0, "learning rate of S's ResNet, times --lr (D2)",
