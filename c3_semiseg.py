@@ -119,7 +119,7 @@ class Config(BaseConfig):
     anchors: int = option(20, "anchors per class and image", within=(2, 10000), needs=CONTRAST)
     sampling: str = option("hard", "anchors: half of them wrongly predicted, or any (Table 4)",
                            ("hard", "random"), needs=CONTRAST)
-    keys: str = option("student", "who gives D_L's keys", ("student", "teacher"), needs=LABELLED)
+    keys: str = option("student", "source of D_L's keys", ("student", "teacher"), needs=LABELLED)
     skip_classes: tuple[int, ...] = option((), "ids of classes that are not contrasted (D5)",
                                            within=(0, 254), needs=CONTRAST)
 
@@ -133,7 +133,7 @@ class Config(BaseConfig):
                                          group="network")
     batch: int = option(16, "labelled images per step over all processes; as many unlabelled",
                         within=(1, 100000), group="optimisation", scoring=True)
-    groups: int = option(4, "parts of a batch, each for itself (D3)", within=(1, 100000))
+    groups: int = option(4, "parts of a batch that are treated apart (D3)", within=(1, 100000))
     lr: float = option(1.2e-4, "learning rate of SEG and PROJ (Sec. 4.1)", within=(0, 1000))
     backbone_lr_mult: float | None = option(None, "share of --lr for the CNN [0.3; 1 from scratch]",
                                             within=(0, 1000))

@@ -118,8 +118,8 @@ TYPE = {name: CCT | dict(perturbations=name) for name in PERTURBATIONS}
 
 @dataclass
 class Config(BaseConfig):
-    data: str = option("shapes", f"dataset: {', '.join(DATASETS)}; several: a+b (Sec. 3.4), as "
-                       "then in --root, --labeled, --split, --tags", group="run", scoring=True)
+    data: str = option("shapes", f"dataset: {', '.join(DATASETS)}; several: a+b (Sec. 3.4), then "
+                       "also in --root, --labeled, --split, --tags", group="run", scoring=True)
     format: str = option("palette", "files of --predict: palette PNGs, what a test server takes, "
                          "or maps of the distances between neighbours (Fig. 2, 7)",
                          ("palette", "voc", "cityscapes", "bdd100k", "smoothness"),

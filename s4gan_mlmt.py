@@ -22,7 +22,7 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D1  The code uses two of DeepLabv2's four branches, because it returns inside the loop over them;
       here all four: --aspp-rates 6,12 is the code's.
   D2  The code gives its optimiser the ResNet's convolutions three times (conv1 once, shortcuts
-      four), as if with 3 times --lr: --backbone-lr-mult 3. As there, the last layers get 10 x it.
+      four): try --backbone-lr-mult 3. As in the code, the last layers have 10 times --lr.
   D3  BN of S works on batch statistics with fixed weights, as in the code; from scratch (--weights
       none) the weights learn. The scale of the input cancels in it, so all data are normalised for
       torchvision's weights, where the code has 0..255 (VOC) and BGR (Cityscapes): --input-scale.
@@ -164,7 +164,7 @@ class Config(BaseConfig):
                                          within=(1, 1000), needs=A | dict(network="deeplabv2"))
     stride_on: str = option("1x1", "convolution that has a bottleneck's stride (D3)",
                             ("1x1", "3x3"), needs=A | dict(network="deeplabv2"))
-    input_scale: str = option("imagenet", "input of S: caffe 0..255, bgr 0..1 (D3)",
+    input_scale: str = option("imagenet", "scale of S's pixels: torchvision's, or the code's (D3)",
                               tuple(INPUT_SCALES), needs=A | dict(network="deeplabv2"))
     optimizer: str = option("sgd", "sgd (momentum 0.9) or adam, for S", ("sgd", "adam"), needs=A)
     lr: float = option(2.5e-4, "learning rate of S (Sec. 4.1.3)", within=(0, 1000), needs=A)
@@ -268,7 +268,7 @@ class Discriminator(nn.Module):
             x = F.leaky_relu(conv(x), 0.2)
             if rng and (k < 3 or self.dropout == "elementwise"):
                 shape = x.shape if self.dropout == "elementwise" else (*x.shape[:2], 1, 1)
-                x = x * (2 * (rng.uniform(*shape) >= 0.5))  # 2 = 1 / (1 - 0.5)
+                x = x * (2 * (rng.uniform(*shape) >= 0.5)).to(x.dtype)  # 2 = 1 / (1 - 0.5)
         feature = x.float().mean((2, 3))
         return self.fc(feature)[:, 0].float(), feature
 

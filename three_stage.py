@@ -31,8 +31,8 @@ Deviations: what the paper says, what the authors' code does (--released), what 
   D4  The paper gives no EMA decay. The code's is 0.99, then 0.995, 0.9975 and 0.999 from 20k, 40k
       and 50k of 60k steps on; ours changes at the same shares of --steps.
   D5  The paper's learning rate is 3e-5. The code gives the backbone a tenth of it, but updates its
-      shortcuts 4 and all else but conv1 3 times a step. Here every layer is updated once, with .1
-      (conv1), .4 (shortcuts) or .3 (all else) of --lr: --lr-groups.
+      shortcuts 4 times a step, and its other layers but conv1 3 times. Here the backbone is updated
+      once, with .1 (conv1), .4 (shortcuts) or .3 (the rest) of --lr: --lr-groups.
   D6  Every stage of the paper has 60k steps. The code's Stage 1 has 20k (Cityscapes, of 4 images)
       or 10k (VOC), and so has ours, of --batch images; --stage1-share 1 is the paper's.
   D7  The paper's ASPP has four rates, and ours; the code adds up the first two only, by mistake:

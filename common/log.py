@@ -74,8 +74,9 @@ class Log:
     def flush(self):
         """Print a line and write a row for the steps since the last row; nothing if there are none.
 
-        Called by `evaluated`, and before a checkpoint is written. Raises UserError, on
-        all processes, naming the first step with terms that are not finite, and those terms.
+        Called by `add` every few steps, by `evaluated`, before a checkpoint is written, and by who
+        changes the columns. Raises UserError, on all processes, naming the first step with terms
+        that are not finite, and those terms.
         """
         if not self._kept:
             return

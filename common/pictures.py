@@ -19,7 +19,7 @@ GAP = 12
 def save_picture(picture, path):
     """Write a PNG, and its folder if there is none, so that `path` is always a whole file. Raises
     UserError if that fails."""
-    make_folder(Path(path).parent)
+    make_folder(Path(path).parent, "folder")
     with replacing(path, "wb") as file:
         picture.save(file, format="PNG")
 

@@ -81,7 +81,7 @@ class BaseConfig:
                             ("auto", "fp32", "bf16", "fp16"), scoring=True)
     compile: bool = option(False, "torch.compile the heavy parts of a step", free=True)
     workers: int = option(min(8, os.cpu_count() or 1), "processes that decode and augment, per "
-                          "stream; 0: none", within=(0, 256), free=True, scoring=True)
+                          "stream; 0: the main one does", within=(0, 256), free=True, scoring=True)
     cache: str = option("", "folder of the images that were decoded at --size; none: decode them "
                             "anew each time [.cache, beside the run folder]", needs=dict(size=ANY),
                         free=True)

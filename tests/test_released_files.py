@@ -130,6 +130,7 @@ def test_deep_stem():
 def test_cct_takes_the_stem_of_its_weights_and_keeps_it(bare, tmp_path, capsys):
     names = {rf"^{ours}\.(?=[wbrn])": f"{theirs}." for theirs, ours in DEEP_STEM.items()}
     deep = renamed(ResNet("resnet18", stem="deep").state_dict(), names)  # as torchcv's 3x3resnet50-imagenet.pth
+    assert "module.conv3.weight" in deep
     torch.save(deep | {"module.fc.weight": torch.zeros(1000, 512)}, tmp_path / "deep.pth")
     flags = [*bare["cct"], "--out", tmp_path / "run", "--weights", tmp_path / "deep.pth",
              "--backbone-layers", 4, "--steps", 1, "--supervised"]
