@@ -147,6 +147,7 @@ def test_help_is_grouped_and_complete(capsys, monkeypatch, script):
     for field in dataclasses.fields(script.Config):
         assert f"--{field.name.replace('_', '-')}" in text and field.metadata["help"]
     assert "[40]" in text and "[on]" in text  # defaults of the preset, of --labeled and --flip
+    assert "] [" not in " ".join(text.split())  # one default each
     assert max(map(len, text.splitlines())) <= 110
 
 
