@@ -133,7 +133,7 @@ class Config(BaseConfig):
                                          group="network")
     batch: int = option(16, "labelled images per step over all processes; as many unlabelled",
                         within=(1, 100000), group="optimisation", scoring=True)
-    groups: int = option(4, "parts of a batch that are treated apart (D3)", within=(1, 100000))
+    groups: int = option(4, "parts treated apart; at least one per process", within=(1, 100000))
     lr: float = option(1.2e-4, "learning rate of SEG and PROJ (Sec. 4.1)", within=(0, 1000))
     backbone_lr_mult: float | None = option(None, "share of --lr for the CNN [0.3; 1 from scratch]",
                                             within=(0, 1000))
@@ -350,7 +350,7 @@ def class_thresholds(confidence, classes, old, s, beta):
 
 
 def sample(f, keys, classes, logits, u, anchors=20, hard=True, groups=1):
-    """Sec. 3.3, 4.1: in every image `anchors` distinct cells of each class that has more cells.
+    """Sec. 3.3, 4.1: in every image `anchors` distinct cells of each class that has more of them.
 
     Half of them are hard (predicted as another class), half easy; if one kind is short, the other
     fills up. hard=False: all at random. f, keys [B, D, h, w]; classes [B, H, W], 255: none; logits

@@ -139,9 +139,7 @@ def find_files(folder, endings, with_folders=False):
     found = {}
     endings = tuple(end.lower() for end in endings)
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        names += folders  # a folder b.png stands for a file, and is reported when it is read
-        folders[:] = [name for name in folders if not name.lower().endswith(endings)
-                      and not name.startswith((".", "__MACOSX"))]
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         for name in names:
             ending = next((end for end in endings if name.lower().endswith(end)), None)
             if ending is None or name.startswith("."):
